@@ -1,0 +1,1 @@
+"""Text-to-video training and inference in JAX."""

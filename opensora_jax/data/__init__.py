@@ -1,0 +1,1 @@
+"""Video files, the Arrow dataset and the input pipelines."""

@@ -1,0 +1,1 @@
+"""Objectives and samplers; they know nothing of the networks."""

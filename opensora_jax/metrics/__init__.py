@@ -1,0 +1,1 @@
+"""Measures of videos and of fidelity to captions."""

@@ -1,0 +1,1 @@
+"""Networks (Flax NNX): VQ-VAE, CLIP text encoder, Diffusion Transformer."""

@@ -1,0 +1,1 @@
+"""What `opensora_jax.main` runs, one module a stage."""

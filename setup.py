@@ -1,0 +1,35 @@
+"""Packaging of opensora_jax: `pip install -e .` (extras: tpu, cuda, test)."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="opensora_jax",
+    version="0.1.0",
+    description="Text-to-video training and inference in JAX, from raw videos to samples",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["opensora_jax", "opensora_jax.*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "ml-collections",
+        "absl-py",
+        "numpy",
+        "datasets",
+        "transformers>=4.57",
+        "imageio[pyav]",
+        "safetensors",
+        "etils[epath]",
+        "tensorboardX",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+    },
+)
