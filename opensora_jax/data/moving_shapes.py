@@ -1,0 +1,239 @@
+"""Renders the dataset of moving shapes: small captioned videos whose content is known exactly.
+
+Each video shows one colored shape that moves in a straight line over a muted background. Color,
+shape and direction can be read from the pixels alone (`metrics.shapes.detect`), so a model trained
+on these videos can be graded without a person looking at its samples.
+"""
+
+import colorsys
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import tqdm
+
+from opensora_jax.data import video_io
+
+COLORS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = ("left", "right", "up", "down")
+
+# Never trained on, to see whether attributes recombine. Each color and each direction occurs twice,
+# each shape two or three times, so that every pair of attributes is still seen in training.
+HELD_OUT = (
+    ("red", "circle", "right"),
+    ("red", "square", "down"),
+    ("green", "triangle", "up"),
+    ("green", "circle", "left"),
+    ("blue", "square", "down"),
+    ("blue", "triangle", "right"),
+    ("yellow", "circle", "left"),
+    ("yellow", "square", "up"),
+)
+ALL = tuple((c, s, d) for c in COLORS for s in SHAPES for d in DIRECTIONS)
+SEEN = tuple(combination for combination in ALL if combination not in HELD_OUT)
+
+_HUE_DEGREES = {"red": (-7, 7), "green": (112, 134), "blue": (218, 236), "yellow": (52, 60)}
+_STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y down
+_DIRECTION_WORDS = {
+    "left": ("to the left", "left"),
+    "right": ("to the right", "right"),
+    "up": ("up", "upwards"),
+    "down": ("down", "downwards"),
+}
+_PHRASINGS = (
+    "a {color} {shape} moves {direction}",
+    "a {color} {shape} is moving {direction}",
+    "a {color} {shape} goes {direction}",
+    "the {color} {shape} moves {direction}",
+    "the {color} {shape} is going {direction}",
+)
+
+
+def captions(color: str, shape: str, direction: str) -> list[str]:
+    """All phrasings of one combination, the plainest first; each names all three attributes."""
+    _check_combination(color, shape, direction)
+    return [
+        phrasing.format(color=color, shape=shape, direction=words)
+        for words in _DIRECTION_WORDS[direction]
+        for phrasing in _PHRASINGS
+    ]
+
+
+def render(
+    rng: np.random.Generator,
+    color: str,
+    shape: str,
+    direction: str,
+    n_frames: int,
+    resolution: int,
+) -> np.ndarray:
+    """Draws one video, uint8 (n_frames, resolution, resolution, 3).
+
+    The generator decides size, start, speed, exact hue and background. All shapes of one drawn size
+    have the same area; the shape travels 25-50% of the frame side and is wholly visible throughout.
+
+    Raises:
+      ValueError: an unknown attribute, fewer than 2 frames or a resolution below 16.
+    """
+    _check_combination(color, shape, direction)
+    if n_frames < 2 or resolution < 16:
+        raise ValueError(
+            f"n_frames={n_frames}, resolution={resolution}: expected at least 2 and at least 16"
+        )
+    # Lengths are fractions of the frame side, x to the right and y down. "low" and "high" are how
+    # far the shape reaches from its centroid towards smaller and larger coordinates.
+    diameter = rng.uniform(0.32, 0.44)  # of the circle; the other shapes have the circle's area
+    low, high = _extent(shape, diameter)
+    margin = 0.02
+    room = 1 - 2 * margin - low - high
+    step = np.array(_STEP[direction])
+    axis = int(step[0] == 0)  # 0: moves along x, 1: along y
+    travel = rng.uniform(0.25, min(0.5, room[axis]))
+    start = (
+        margin + low + rng.uniform(0, 1, 2) * np.where(np.arange(2) == axis, room - travel, room)
+    )
+    if step[axis] < 0:
+        start[axis] += travel
+    center_T2 = start + np.linspace(0, travel, n_frames)[:, None] * step
+
+    position_N = (np.arange(resolution) + 0.5) / resolution
+    x_T1W = (position_N - center_T2[:, :1])[:, None, :]
+    y_TH1 = (position_N - center_T2[:, 1:])[:, :, None]
+    distance_THW = _signed_distance(shape, x_T1W, y_TH1, diameter)
+    # A pixel's coverage falls from 1 to 0 over one pixel around the edge: antialiasing.
+    alpha_THW1 = np.clip(0.5 - distance_THW * resolution, 0, 1)[..., None]
+
+    hue = rng.uniform(*_HUE_DEGREES[color]) / 360
+    shape_rgb = np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.85, 1), rng.uniform(0.85, 1)))
+    background_HW3 = _background(rng, position_N)
+    video_THW3 = alpha_THW1 * shape_rgb + (1 - alpha_THW1) * background_HW3
+    return np.round(255 * np.clip(video_THW3, 0, 1)).astype(np.uint8)
+
+
+def write_dataset(
+    folder: str | os.PathLike,
+    *,
+    n_videos: int,
+    combinations: tuple[tuple[str, str, str], ...],
+    seed: int,
+    n_frames: int,
+    resolution: int,
+    fps: float,
+    n_captions: int,
+) -> bool:
+    """Writes `folder/videos/video{i}.mp4` and `folder/captions.json`; goes on where it stopped.
+
+    Video i depends on seed and i only and shows combinations[i % len(combinations)]. captions.json
+    comes last, so a folder that has it is whole. The parameters lie in `folder/params.json`.
+
+    Returns:
+      False if the folder was whole already, True if anything was written.
+
+    Raises:
+      ValueError: a bad parameter, or the folder was made with other parameters.
+    """
+    folder = Path(folder)
+    n_phrasings = len(captions(*combinations[0]))
+    if n_videos < 1:
+        raise ValueError(f"n_videos={n_videos}: expected at least 1")
+    if not 1 <= n_captions <= n_phrasings:
+        raise ValueError(f"n_captions={n_captions}: expected 1 to {n_phrasings} phrasings")
+    params = {
+        "n_videos": n_videos,
+        "combinations": [list(combination) for combination in combinations],
+        "seed": seed,
+        "n_frames": n_frames,
+        "resolution": resolution,
+        "fps": fps,
+        "n_captions": n_captions,
+    }
+    _claim(folder, params)
+    if (folder / "captions.json").exists():
+        return False
+
+    videos = folder / "videos"
+    videos.mkdir(exist_ok=True)
+    entries = []
+    for i in tqdm.trange(n_videos, desc=f"writing {videos}", unit="video"):
+        combination = combinations[i % len(combinations)]
+        rng = np.random.default_rng([seed, i])
+        chosen = rng.choice(n_phrasings, n_captions, replace=False)
+        phrasings = captions(*combination)
+        path = videos / f"video{i}.mp4"
+        if not path.exists():
+            video_io.write_video(path, render(rng, *combination, n_frames, resolution), fps)
+        entry = {"file": path.name, "captions": [phrasings[j] for j in chosen]}
+        entries.append(entry | dict(zip(("color", "shape", "direction"), combination, strict=True)))
+    _write_json(folder / "captions.json", entries)
+    return True
+
+
+def _check_combination(color, shape, direction):
+    for name, value, known in (
+        ("color", color, COLORS),
+        ("shape", shape, SHAPES),
+        ("direction", direction, DIRECTIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
+
+
+def _square_side(diameter):
+    return diameter * np.sqrt(np.pi) / 2
+
+
+def _triangle_side(diameter):
+    return diameter * np.sqrt(np.pi / np.sqrt(3))
+
+
+def _extent(shape, diameter):
+    """How far the shape reaches from its centroid: (left, up), (right, down)."""
+    if shape == "triangle":
+        side = _triangle_side(diameter)
+        height = side * np.sqrt(3) / 2
+        return np.array([side / 2, 2 / 3 * height]), np.array([side / 2, height / 3])
+    half = (diameter if shape == "circle" else _square_side(diameter)) / 2
+    return np.array([half, half]), np.array([half, half])
+
+
+def _signed_distance(shape, x, y, diameter):
+    """Distance to the outline, negative inside; x and y are relative to the centroid, y down."""
+    if shape == "circle":
+        return np.hypot(x, y) - diameter / 2
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - _square_side(diameter) / 2
+    # Equilateral, one corner up: all three sides lie an inradius from the centroid.
+    inradius = _triangle_side(diameter) / (2 * np.sqrt(3))
+    return np.maximum(np.abs(x) * np.sqrt(3) / 2 - y / 2, y) - inradius
+
+
+def _background(rng, position_N):
+    """A dark to light, barely tinted color with a soft linear gradient: floats (N, N, 3)."""
+    base_3 = rng.uniform(0.15, 0.85) + rng.uniform(-0.04, 0.04, 3)
+    slope_x, slope_y = rng.uniform(-0.15, 0.15, 2)
+    gradient_HW = (position_N - 0.5) * slope_x + (position_N[:, None] - 0.5) * slope_y
+    return base_3 + gradient_HW[..., None]
+
+
+def _claim(folder, params):
+    """Records what the folder is made with, or checks that it is the same as before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "params.json"
+    if not path.exists():
+        _write_json(path, params)
+        return
+    found = json.loads(path.read_text())
+    for name, value in params.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{path}: made with {name}={found.get(name)!r}, but {name}={value!r} is asked for; "
+                "remove the folder or choose another one"
+            )
+
+
+def _write_json(path, value):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
