@@ -1,0 +1,159 @@
+"""Reads color, shape and direction of one moving shape back from the pixels.
+
+Grades samples and reconstructions of the moving shapes dataset without knowing how a video was
+made: it only assumes one saturated, upright shape on a muted background.
+"""
+
+import colorsys
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle")
+# Hue ranges in degrees, wide enough for what compression and a tokenizer do to a color; the gaps
+# (orange, cyan, magenta) belong to none of the four.
+_HUES = {"red": (-25, 25), "yellow": (36, 78), "green": (85, 165), "blue": (195, 262)}
+
+_LEAST_SATURATION = 60  # max - min over RGB of the shape's solid part, of 255
+_LEAST_AREA, _MOST_AREA = 0.02, 0.4  # of the frame
+_LEAST_FRAMES = 0.7  # share of frames in which the shape is to be found
+_LEAST_TRAVEL = 0.1  # of the frame side
+_LARGEST_MISFIT = 0.35  # squared error of the best silhouette against the coverage seen
+
+
+def detect(video: np.ndarray) -> tuple[str, str, str] | None:
+    """Names (color, shape, direction) of the shape in a video, or None where it is not clear.
+
+    Colors are red, green, blue, yellow; shapes circle, square, triangle (upright); directions left,
+    right, up, down.
+
+    Args:
+      video: uint8 (T, H, W, 3), T >= 2.
+
+    Raises:
+      ValueError: the array is not such a video.
+    """
+    video = np.asarray(video)
+    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or len(video) < 2:
+        raise ValueError(
+            f"video is {video.dtype} {video.shape}: expected uint8 (T, H, W, 3) with T >= 2"
+        )
+    segmented = _segment(video.astype(np.float32))
+    if segmented is None:
+        return None
+    rgb_3, coverage_THW = segmented
+    located = _locate(coverage_THW)
+    if located is None:
+        return None
+    frames, center_T2, spread_2 = located
+    color = _color(rgb_3)
+    shape = _shape(coverage_THW[frames], center_T2, spread_2)
+    direction = _direction(frames, center_T2, len(video), video.shape[1:3])
+    return None if None in (color, shape, direction) else (color, shape, direction)
+
+
+def _segment(video_THW3):
+    """Splits a video into the shape's color and how much of each pixel the shape covers.
+
+    Returns (rgb (3,), coverage (T, H, W) in [0, 1]), or None without a saturated part.
+    """
+    saturation_THW = np.ptp(video_THW3, axis=-1)
+    peak = np.quantile(saturation_THW, 0.98)
+    if peak < _LEAST_SATURATION:
+        return None
+    rgb_3 = np.median(video_THW3[saturation_THW > 0.75 * peak], axis=0)
+    # The background is a plane per color channel, fitted where nothing is saturated.
+    n_frames, height, width, _ = video_THW3.shape
+    y_H, x_W = np.linspace(-1, 1, height), np.linspace(-1, 1, width)
+    terms_HW3 = np.stack(np.broadcast_arrays(1.0, y_H[:, None], x_W), axis=-1)
+    terms_THW3 = np.broadcast_to(terms_HW3, (n_frames, height, width, 3))
+    muted_THW = saturation_THW < 0.35 * peak
+    if muted_THW.mean() < 1 - _MOST_AREA - 0.2:
+        return None
+    plane_33 = np.linalg.lstsq(terms_THW3[muted_THW], video_THW3[muted_THW], rcond=None)[0]
+    background_HW3 = terms_HW3 @ plane_33
+    # A pixel lies between the background's color and the shape's: how far along is the coverage.
+    towards_HW3 = rgb_3 - background_HW3
+    coverage_THW = ((video_THW3 - background_HW3) * towards_HW3).sum(-1)
+    coverage_THW /= (towards_HW3**2).sum(-1)
+    return rgb_3, np.clip(coverage_THW, 0, 1)
+
+
+def _locate(coverage_THW):
+    """Finds where the shape is: (indices of frames with it, centroids (N, 2) (y, x), spread (2,)).
+
+    The spread is the root mean square distance of the shape's pixels from its centroid along y and
+    x, over all frames. None if the coverage is not one compact patch in most frames.
+    """
+    height, width = coverage_THW.shape[1:]
+    # Noise of the background, spread over the frame, would outweigh the shape in the moments.
+    mass_THW = np.clip((coverage_THW - 0.2) / 0.6, 0, 1)
+    area_T = mass_THW.sum((1, 2))
+    usual = np.median(area_T)
+    if not _LEAST_AREA < usual / (height * width) < _MOST_AREA:
+        return None
+    frames = np.flatnonzero((area_T > 0.5 * usual) & (area_T < 2 * usual))
+    if len(frames) < max(2, _LEAST_FRAMES * len(area_T)):
+        return None
+    mass_NHW, area_N = mass_THW[frames], area_T[frames]
+    y_H, x_W = np.arange(height) + 0.5, np.arange(width) + 0.5
+    by_row_NH, by_column_NW = mass_NHW.sum(2), mass_NHW.sum(1)
+    y_N, x_N = by_row_NH @ y_H / area_N, by_column_NW @ x_W / area_N
+    variance_y = (by_row_NH * (y_H - y_N[:, None]) ** 2).sum() / area_N.sum()
+    variance_x = (by_column_NW * (x_W - x_N[:, None]) ** 2).sum() / area_N.sum()
+    # A filled shape of area A has variances of about A / 12 along each axis (a square exactly).
+    if not 0.7 < 12 * np.sqrt(variance_y * variance_x) / usual < 1.6:
+        return None
+    if not 0.5 < np.sqrt(variance_y / variance_x) < 2:
+        return None
+    return frames, np.stack([y_N, x_N], 1), np.sqrt([variance_y, variance_x])
+
+
+def _color(rgb_3):
+    hue, _, _ = colorsys.rgb_to_hsv(*(rgb_3 / 255))
+    for color, (low, high) in _HUES.items():
+        if (360 * hue - low) % 360 <= high - low:
+            return color
+    return None
+
+
+def _shape(coverage_NHW, center_N2, spread_2):
+    """The shape whose silhouette of the same position and spread resembles the coverage most."""
+    height, width = coverage_NHW.shape[1:]
+    y_NH1 = (np.arange(height) + 0.5 - center_N2[:, :1])[:, :, None] / spread_2[0]
+    x_N1W = (np.arange(width) + 0.5 - center_N2[:, 1:])[:, None, :] / spread_2[1]
+    # Distances to the outlines of a circle, a square and a triangle of unit variance along x and y.
+    half_base = np.sqrt(6)
+    below = np.sqrt(2)  # from the centroid down to the base; the apex is 2 * below above it
+    slope = 3 * below / half_base
+    distances = {
+        "circle": np.hypot(x_N1W, y_NH1) - 2,
+        "square": np.maximum(np.abs(x_N1W), np.abs(y_NH1)) - np.sqrt(3),
+        "triangle": np.maximum(
+            y_NH1 - below, (np.abs(x_N1W) * slope - y_NH1 - 2 * below) / np.hypot(slope, 1)
+        ),
+    }
+    # Edges are about two pixels wide after compression.
+    softness = 2 / np.sqrt(spread_2[0] * spread_2[1])
+    energy = (coverage_NHW**2).sum()
+    misfit = {}
+    for shape, distance_NHW in distances.items():
+        silhouette_NHW = np.clip(0.5 - distance_NHW / softness, 0, 1)
+        misfit[shape] = ((coverage_NHW - silhouette_NHW) ** 2).sum() / energy
+    best = min(misfit, key=misfit.get)
+    return best if misfit[best] < _LARGEST_MISFIT else None
+
+
+def _direction(frames, center_N2, n_frames, sides):
+    """The axis direction along which the centroid travels steadily, by a least-squares line."""
+    time_N = frames - frames.mean()
+    speed_2 = time_N @ center_N2 / (time_N @ time_N)
+    travel_2 = speed_2 * (n_frames - 1) / np.array(sides)
+    axis = int(np.argmax(np.abs(travel_2)))
+    if abs(travel_2[axis]) < max(_LEAST_TRAVEL, 2 * abs(travel_2[1 - axis])):
+        return None
+    along_N = center_N2[:, axis] - center_N2[:, axis].mean()
+    explained = (time_N * speed_2[axis]) @ along_N / (along_N @ along_N)
+    if explained < 0.8:
+        return None
+    names = (("up", "down"), ("left", "right"))[axis]
+    return names[int(travel_2[axis] > 0)]
