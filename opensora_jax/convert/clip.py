@@ -1,0 +1,163 @@
+"""CLIP text weights, as Hugging Face hubs keep them, to `models.clip_text.ClipText`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import flax.serialization
+import huggingface_hub
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from opensora_jax.convert import table, torch_file
+from opensora_jax.models.clip_text import ClipText
+
+# What transformers' CLIPTextConfig assumes where config.json says nothing.
+CONFIG_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+
+
+def _linear(theirs: str, ours: str) -> list[table.Row]:
+    """A torch linear layer of every block: its weight is (out, in), ours (in, out)."""
+    return [
+        (f"encoder.layers.#.{theirs}.weight", f"blocks.{ours}.kernel", (1, 0)),
+        (f"encoder.layers.#.{theirs}.bias", f"blocks.{ours}.bias", None),
+    ]
+
+
+TABLE: list[table.Row] = [
+    ("embeddings.token_embedding.weight", "token_embedding.embedding", None),
+    ("embeddings.position_embedding.weight", "position_embedding.embedding", None),
+    ("encoder.layers.#.layer_norm1.weight", "blocks.attention_norm.scale", None),
+    ("encoder.layers.#.layer_norm1.bias", "blocks.attention_norm.bias", None),
+    *_linear("self_attn.q_proj", "query"),
+    *_linear("self_attn.k_proj", "key"),
+    *_linear("self_attn.v_proj", "value"),
+    *_linear("self_attn.out_proj", "attention_out"),
+    ("encoder.layers.#.layer_norm2.weight", "blocks.mlp_norm.scale", None),
+    ("encoder.layers.#.layer_norm2.bias", "blocks.mlp_norm.bias", None),
+    *_linear("mlp.fc1", "mlp_in"),
+    *_linear("mlp.fc2", "mlp_out"),
+    ("final_layer_norm.weight", "final_norm.scale", None),
+    ("final_layer_norm.bias", "final_norm.bias", None),
+]
+# The other half of a whole CLIPModel, projections, and a buffer of older transformers.
+IGNORED = (
+    r"(vision_model|visual_projection|text_projection)\..*|logit_scale|embeddings\.position_ids"
+)
+
+
+def load_clip_text(name_or_folder: str | Path, dtype: jnp.dtype = jnp.float32) -> ClipText:
+    """The text encoder of a CLIP checkpoint.
+
+    Args:
+        name_or_folder: a folder in the hub layout, or a model's name on the Hugging Face hub:
+            `config.json` of a CLIPModel, CLIPTextModel or CLIPTextModelWithProjection beside
+            `model.safetensors`, `flax_model.msgpack` or `pytorch_model.bin` (the first that is
+            there; a sharded one with its `.index.json` too).
+        dtype: compute dtype; parameters are float32.
+
+    Returns:
+        model(input_ids, attention_mask) -> last_hidden_state (B, S, D).
+
+    Raises:
+        FileNotFoundError: no such folder or hub name, no config or weights in it.
+        ValueError: another kind of model, or a missing, unexpected or misshapen weight.
+    """
+    folder = local_folder(name_or_folder)
+    config = _text_config(folder / "config.json")
+
+    def make():
+        return ClipText(
+            vocab_size=config["vocab_size"],
+            width=config["hidden_size"],
+            depth=config["num_hidden_layers"],
+            n_heads=config["num_attention_heads"],
+            mlp_width=config["intermediate_size"],
+            max_length=config["max_position_embeddings"],
+            activation=config["hidden_act"],
+            norm_epsilon=config["layer_norm_eps"],
+            dtype=dtype,
+            rngs=nnx.Rngs(0),
+        )
+
+    # Text-only checkpoints of transformers 5 have no such prefix.
+    tensors = {name.removeprefix("text_model."): x for name, x in _weights(folder).items()}
+    return table.fill(make, tensors, TABLE, source=str(folder), ignored=IGNORED)
+
+
+def local_folder(name_or_folder: str | Path) -> Path:
+    """The folder itself, or the local copy of a hub model, downloaded when it is not there yet.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a model the hub gives us.
+    """
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    name = str(name_or_folder)
+    try:
+        for weights in ("model*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin"):
+            patterns = ["*.json", "merges.txt", weights]
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+            if any(folder.glob(weights)):
+                break
+    except (OSError, ValueError) as error:  # network, unknown name, malformed name
+        raise FileNotFoundError(
+            f"text model {name!r}: no such folder, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {error}). Check the name and the network, or download it "
+            "elsewhere and give the folder that holds its config.json"
+        ) from error
+    return folder
+
+
+def _text_config(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; expected the config of a CLIP model")
+    config = json.loads(path.read_text())
+    if config.get("model_type") not in ("clip", "clip_text_model"):
+        raise ValueError(
+            f"{path}: model_type={config.get('model_type')!r}, expected 'clip' or 'clip_text_model'"
+        )
+    if config["model_type"] == "clip":
+        # Old files repeat the text settings under text_config_dict, which then has precedence.
+        config = {**config.get("text_config", {}), **(config.get("text_config_dict") or {})}
+    return {**CONFIG_DEFAULTS, **config}
+
+
+def _weights(folder: Path) -> Mapping[str, np.ndarray]:
+    """Tensors by their PyTorch name, from the first format that the folder holds."""
+    readers = {
+        "model.safetensors": torch_file.load,
+        "flax_model.msgpack": _load_flax,
+        "pytorch_model.bin": torch_file.load,
+    }
+    for name, read in readers.items():
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return read(folder / name)
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing:
+                raise FileNotFoundError(f"{index}: names {', '.join(missing)}, not found beside it")
+            return {key: x for shard in shards for key, x in read(folder / shard).items()}
+    raise FileNotFoundError(f"{folder}: no weights; expected one of {', '.join(readers)}")
+
+
+def _load_flax(path: Path) -> dict[str, np.ndarray]:
+    """A Flax checkpoint under PyTorch's names, and in its layout (kernels are transposed)."""
+    tensors = {}
+    flat = flax.traverse_util.flatten_dict(flax.serialization.msgpack_restore(path.read_bytes()))
+    for (*scope, leaf), x in flat.items():
+        leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+        tensors[".".join([*scope, leaf])] = x.T if leaf == "kernel" else x
+    return tensors
