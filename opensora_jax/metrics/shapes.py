@@ -17,7 +17,9 @@ _LEAST_SATURATION = 60  # max - min over RGB of the shape's solid part, of 255
 _LEAST_AREA, _MOST_AREA = 0.02, 0.4  # of the frame
 _LEAST_FRAMES = 0.7  # share of frames in which the shape is to be found
 _LEAST_TRAVEL = 0.1  # of the frame side
-_LARGEST_MISFIT = 0.35  # squared error of the best silhouette against the coverage seen
+_MOST_UNEXPLAINED = 0.3  # energy that one shape on its background leaves, against the shape's
+_LARGEST_MISFIT = 0.13  # squared error of the best silhouette, against the coverage's energy
+_LEAST_MARGIN = 1.1  # the second best silhouette has to be worse by this factor
 
 
 def detect(video: np.ndarray) -> tuple[str, str, str] | None:
@@ -27,15 +29,16 @@ def detect(video: np.ndarray) -> tuple[str, str, str] | None:
     right, up, down.
 
     Args:
-      video: uint8 (T, H, W, 3), T >= 2.
+      video: uint8 (T, H, W, 3), T at least 2, H and W at least 8.
 
     Raises:
       ValueError: the array is not such a video.
     """
     video = np.asarray(video)
-    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or len(video) < 2:
+    good = video.dtype == np.uint8 and video.ndim == 4 and video.shape[-1] == 3
+    if not good or len(video) < 2 or min(video.shape[1:3]) < 8:
         raise ValueError(
-            f"video is {video.dtype} {video.shape}: expected uint8 (T, H, W, 3) with T >= 2"
+            f"video is {video.dtype} {video.shape}: expected uint8 (T, H, W, 3), T >= 2, H, W >= 8"
         )
     segmented = _segment(_smooth(video.astype(np.float32)))
     if segmented is None:
@@ -63,7 +66,8 @@ def _smooth(video_THW3):
 def _segment(video_THW3):
     """Splits a video into the shape's color and how much of each pixel the shape covers.
 
-    Returns (rgb (3,), coverage (T, H, W) in [0, 1]), or None without a saturated part.
+    Returns (rgb (3,), coverage (T, H, W) in [0, 1]), or None if nothing is saturated or if one
+    color over a plain background does not explain the video.
     """
     saturation_THW = np.ptp(video_THW3, axis=-1)
     peak = np.quantile(saturation_THW, 0.98)
@@ -78,13 +82,16 @@ def _segment(video_THW3):
     muted_THW = saturation_THW < 0.35 * peak
     if muted_THW.mean() < 1 - _MOST_AREA - 0.2:
         return None
-    plane_33 = np.linalg.lstsq(terms_THW3[muted_THW], video_THW3[muted_THW], rcond=None)[0]
+    terms_N3 = terms_THW3[muted_THW]
+    plane_33 = np.linalg.solve(terms_N3.T @ terms_N3, terms_N3.T @ video_THW3[muted_THW])
     background_HW3 = terms_HW3 @ plane_33
     # A pixel lies between the background's color and the shape's: how far along is the coverage.
     towards_HW3 = rgb_3 - background_HW3
     coverage_THW = ((video_THW3 - background_HW3) * towards_HW3).sum(-1)
-    coverage_THW /= (towards_HW3**2).sum(-1)
-    return rgb_3, np.clip(coverage_THW, 0, 1)
+    coverage_THW = np.clip(coverage_THW / np.maximum((towards_HW3**2).sum(-1), 1), 0, 1)
+    shape_THW3 = coverage_THW[..., None] * towards_HW3
+    unexplained = ((video_THW3 - background_HW3 - shape_THW3) ** 2).sum() / (shape_THW3**2).sum()
+    return None if unexplained > _MOST_UNEXPLAINED else (rgb_3, coverage_THW)
 
 
 def _locate(coverage_THW):
@@ -148,8 +155,9 @@ def _shape(coverage_NHW, center_N2, spread_2):
     for shape, distance_NHW in distances.items():
         silhouette_NHW = np.clip(0.5 - distance_NHW / softness, 0, 1)
         misfit[shape] = ((coverage_NHW - silhouette_NHW) ** 2).sum() / energy
-    best = min(misfit, key=misfit.get)
-    return best if misfit[best] < _LARGEST_MISFIT else None
+    best, second, _ = sorted(misfit, key=misfit.get)
+    clear = misfit[best] < min(_LARGEST_MISFIT, misfit[second] / _LEAST_MARGIN)
+    return best if clear else None
 
 
 def _direction(frames, center_N2, n_frames, sides):
