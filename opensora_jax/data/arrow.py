@@ -1,0 +1,97 @@
+"""Arrays <-> Arrow's nested lists, without going through Python lists.
+
+Arrow stores a column of nested lists as one flat array of values and, per level, the offsets where
+lists begin. Rows that are boxes (no ragged lists inside) are therefore plain slices of the values.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+_IS_KIND = {"integer": pa.types.is_integer, "floating": pa.types.is_floating}
+
+
+class ColumnError(ValueError):
+    """A column does not hold full arrays of the rank and kind asked for; the message says why."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """Arrays of one rank as views of one flat array."""
+
+    values: np.ndarray
+    starts: np.ndarray  # (rows,): where each row begins in `values`
+    shapes: np.ndarray  # (rows, rank)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        shape, start = self.shapes[i], self.starts[i]
+        return self.values[start : start + shape.prod()].reshape(shape)
+
+    @property
+    def flat(self) -> np.ndarray:
+        """All values of all rows, in order."""
+        return self.values[self.starts[0] : self.starts[-1] + self.shapes[-1].prod()]
+
+
+def to_nested_list(arrays: list[np.ndarray], dtype: np.dtype) -> pa.ListArray:
+    """Arrays of one rank, of any shapes (at least one array) -> a column of nested lists."""
+    values = pa.array(np.concatenate([np.ravel(a) for a in arrays]).astype(dtype, copy=False))
+    for axis in reversed(range(arrays[0].ndim)):
+        lengths = [np.full(np.prod(a.shape[:axis], dtype=int), a.shape[axis]) for a in arrays]
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        values = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+    return values
+
+
+def from_nested_list(array: pa.Array, rank: int, kind: str) -> Column:
+    """A column of `rank` nested lists -> arrays, without a copy.
+
+    Args:
+      array: at least one row of lists, large lists, fixed-size lists, or the Array2D and Array3D of
+        Hugging Face datasets.
+      kind: "integer" or "floating".
+
+    Raises:
+      ColumnError: another type or rank, a null, or a row that is ragged or empty.
+    """
+    expected = f"expected {rank} nested lists of {kind} numbers"
+    found = array.type
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    offsets = []
+    for _ in range(rank):
+        if array.null_count:
+            raise ColumnError(f"{array.null_count} values are null: {expected}")
+        if pa.types.is_fixed_size_list(array.type):
+            offsets.append((np.arange(len(array) + 1) + array.offset) * array.type.list_size)
+        elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+            offsets.append(array.offsets.to_numpy())
+        else:
+            raise ColumnError(f"type {found}: {expected}")
+        array = array.values
+    if array.null_count or not _IS_KIND[kind](array.type):
+        raise ColumnError(f"type {found}, {array.null_count} values are null: {expected}")
+    return Column(array.to_numpy(), *_row_shapes(offsets))
+
+
+def _row_shapes(offsets):
+    """List offsets of every level -> where rows start, and their shapes."""
+    first = np.arange(len(offsets[0]) - 1)
+    last = first + 1
+    shapes = []
+    for level in offsets:
+        # Row i's lists on this level are number first[i] to last[i]: all must be equally long.
+        lengths = np.diff(level)
+        length = lengths[first]
+        ragged = lengths[first[0] : last[-1]] != np.repeat(length, last - first)
+        for i in np.repeat(np.arange(len(first)), last - first)[ragged][:1]:
+            raise ColumnError(f"row {i} is ragged: expected lists of one length")
+        for i in np.flatnonzero(length == 0)[:1]:
+            raise ColumnError(f"row {i} is empty: expected at least one number")
+        shapes.append(length)
+        first, last = level[first], level[last]
+    return first.astype(np.int64), np.stack(shapes, axis=1).astype(np.int64)

@@ -1,0 +1,99 @@
+"""The captions file: which video has which captions.
+
+A JSON list of `{"file": "video0.mp4", "captions": ["...", "..."]}`, or the same objects one per
+line (JSONL). `file` is relative to the video folder. Other keys are kept as they are.
+"""
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+
+
+class CaptionsError(ValueError):
+    """A captions file is not as expected; the message names the file, the place and the value."""
+
+
+def read_captions(path: str | os.PathLike) -> list[dict]:
+    """Reads and checks a captions file.
+
+    Returns:
+      The entries in the file's order: each a dict with `file` (str, relative, forward slashes),
+      `captions` (list of at least one str that is not blank) and whatever else the entry holds.
+
+    Raises:
+      CaptionsError: the file is missing, is no JSON, or an entry is not as described above: two
+        entries for one video, a path that leaves the video folder, an empty or blank caption, ...
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise CaptionsError(f"{path}: no such file: expected a captions file") from None
+    except UnicodeDecodeError as error:
+        raise CaptionsError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
+    places = {}
+    entries = []
+    for place, value in _parse(path, text):
+        entry = _check(f"{path}: {place}", value)
+        if entry["file"] in places:
+            raise CaptionsError(
+                f"{path}: {place}: file={entry['file']!r} is already at {places[entry['file']]}: "
+                "expected one entry per video with all its captions"
+            )
+        places[entry["file"]] = place
+        entries.append(entry)
+    if not entries:
+        raise CaptionsError(f"{path}: no entries: expected at least one video with captions")
+    return entries
+
+
+def write_json(path: str | os.PathLike, value) -> None:
+    """Writes JSON so that the file is never seen half-written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _parse(path, text):
+    """Yields (place in the file, parsed value)."""
+    if text.lstrip().startswith("["):
+        for i, value in enumerate(_loads(str(path), text)):
+            yield f"entry {i}", value
+    else:
+        for i, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield f"line {i}", _loads(f"{path}: line {i}", line)
+
+
+def _loads(where, text):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CaptionsError(
+            f"{where}: not JSON ({error}): expected a list of objects, or one object per line"
+        ) from None
+
+
+def _check(where, entry):
+    if not isinstance(entry, dict):
+        raise CaptionsError(f'{where}: {entry!r}: expected {{"file": ..., "captions": [...]}}')
+    for key in ("file", "captions"):
+        if key not in entry:
+            raise CaptionsError(f"{where}: no {key!r}, only {sorted(entry)}")
+    file, captions = entry["file"], entry["captions"]
+    if not isinstance(file, str) or not file.strip():
+        raise CaptionsError(f"{where}: file={file!r}: expected the name of a video file")
+    relative = PurePosixPath(file)
+    if relative.is_absolute() or ".." in relative.parts or not relative.name:
+        raise CaptionsError(f"{where}: file={file!r}: expected a path inside the video folder")
+    if not isinstance(captions, list) or not captions:
+        raise CaptionsError(
+            f"{where}: captions={captions!r}: expected a list of at least one string"
+        )
+    for i, caption in enumerate(captions):
+        if not isinstance(caption, str) or not caption.strip():
+            raise CaptionsError(f"{where}: captions[{i}]={caption!r}: expected a string, not blank")
+    return {**entry, "file": str(relative)}

@@ -1,0 +1,81 @@
+"""The captions file: what is read, and that every mistake in it is named."""
+
+import json
+
+import pytest
+
+from opensora_jax.data.captions import CaptionsError, read_captions, write_json
+
+ENTRIES = [
+    {"file": "a.mp4", "captions": ["a cat", "Ein Kätzchen"]},
+    {"file": "sub/b.mp4", "captions": ["a dog"], "color": "red"},
+]
+
+
+def write(tmp_path, text, name="captions.json"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_list_and_lines_read_the_same(tmp_path):
+    as_list = write(tmp_path, json.dumps(ENTRIES, indent=2))
+    lines = "\n\n".join(json.dumps(entry) for entry in ENTRIES) + "\n"
+    as_lines = write(tmp_path, lines, "captions.jsonl")
+    assert read_captions(as_list) == read_captions(as_lines) == ENTRIES
+
+
+def test_a_caption_may_hold_any_line_separator_and_the_file_a_byte_order_mark(tmp_path):
+    entry = {"file": "a.mp4", "captions": ["one\u2028two"]}
+    path = write(tmp_path, b"\xef\xbb\xbf" + json.dumps(entry, ensure_ascii=False).encode())
+    assert read_captions(path) == [entry]
+
+
+def test_paths_are_normalised(tmp_path):
+    path = write(tmp_path, '[{"file": "./sub//a.mp4", "captions": ["a"]}]')
+    assert read_captions(path)[0]["file"] == "sub/a.mp4"
+
+
+def test_written_json_reads_back_and_leaves_nothing_else(tmp_path):
+    write_json(tmp_path / "captions.json", ENTRIES)
+    assert read_captions(tmp_path / "captions.json") == ENTRIES
+    assert [path.name for path in tmp_path.iterdir()] == ["captions.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no entries"),
+        ("[]", "no entries"),
+        ("[{]", r"captions.json: not JSON .*line 1 column 3"),
+        ('{"file": "a.mp4", "captions": ["a"]}\n{oops}', "line 2: not JSON"),
+        (b'[{"file": "\xff"}]', "not UTF-8 text .* at byte 11"),
+        ('["a.mp4"]', "entry 0: 'a.mp4': expected"),
+        ('{"file": "a.mp4", "captions": ["a"]}\n7', "line 2: 7: expected"),
+        ('[{"captions": ["a"]}]', "entry 0: no 'file', only"),
+        ('[{"file": "a.mp4", "caption": "a"}]', "entry 0: no 'captions', only"),
+        ('[{"file": 3, "captions": ["a"]}]', "entry 0: file=3: expected the name"),
+        ('[{"file": " ", "captions": ["a"]}]', "entry 0: file=' ': expected the name"),
+        ('[{"file": "../a.mp4", "captions": ["a"]}]', r"file='\.\./a\.mp4': .* inside the video"),
+        ('[{"file": "/etc/a.mp4", "captions": ["a"]}]', "file='/etc/a.mp4': .* inside the video"),
+        ('[{"file": ".", "captions": ["a"]}]', "inside the video folder"),
+        ('[{"file": "a.mp4", "captions": []}]', r"captions=\[\]: expected a list"),
+        ('[{"file": "a.mp4", "captions": "a"}]', "captions='a': expected a list"),
+        ('[{"file": "a.mp4", "captions": ["a", null]}]', r"captions\[1\]=None: expected a string"),
+        ('[{"file": "a.mp4", "captions": [" "]}]', r"captions\[0\]=' ': expected a string, not"),
+        (
+            '[{"file": "a.mp4", "captions": ["a"]}, {"file": "./a.mp4", "captions": ["b"]}]',
+            "entry 1: file='a.mp4' is already at entry 0",
+        ),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(CaptionsError, match=message) as caught:
+        read_captions(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CaptionsError, match=r"nowhere\.json: no such file"):
+        read_captions(tmp_path / "nowhere.json")
