@@ -14,7 +14,7 @@ A plain `save_to_disk` folder made by others, with at least the two `*_latent_st
 `metadata.json` and `codebook.npy` in it, is read as well.
 
 Rows are read straight from the memory-mapped Arrow buffers: Hugging Face's own access by row builds
-nested Python lists, hundreds of times slower.
+nested Python lists, dozens of times slower.
 """
 
 import bisect
