@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -90,7 +91,8 @@ def test_the_last_token_tells_captions_and_word_order_apart(encoder):
     last = np.stack([f[-1] for f in encoder.encode(CAPTIONS)])
     for position, values in ((1, COLORS), (2, SHAPES), (-1, DIRECTIONS)):
         labels = [caption.split()[position] for caption in CAPTIONS]
-        assert accuracy(last, labels) > 2 / len(values)
+        assert set(labels) == set(values)
+        assert accuracy(last, labels) > 0.95
     a, b, c = (
         f[-1]
         for f in encoder.encode(
@@ -120,9 +122,11 @@ def test_same_arguments_same_files(folder, tmp_path):
     assert not np.array_equal(one[name], other[name])
 
 
-def test_bad_folders_are_named(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no/such/model.*name and the network"):
-        TextEncoder("no/such/model")
+def test_bad_folders_are_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("no-such/model", "no/such/folder"):
+        with pytest.raises(FileNotFoundError, match=f"(?s){name}.*name and the network"):
+            TextEncoder(name)
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*tokenizer"):
         TextEncoder(tmp_path)
     shutil.copytree(folder, tmp_path / "short")
@@ -133,5 +137,5 @@ def test_bad_folders_are_named(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["vocab_size"] -= 3
     (tmp_path / "short" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="tokenizer has 19 tokens.* 16"):
+    with pytest.raises(ValueError, match=r"tokenizer has 19 tokens.* 16"):
         TextEncoder(tmp_path / "short")

@@ -9,13 +9,18 @@ later) and https://huggingface.co/docs/safetensors (header of JSON, then the dat
 
 import json
 import math
-from pathlib import Path
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from opensora_jax.convert.unpickle import TorchFileError
+from opensora_jax.convert import unpickle
+from opensora_jax.convert.unpickle import Global, TorchFileError
 
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -35,8 +40,33 @@ SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-MAX_HEADER = 100_000_000  # safetensors' own limit
+# The storage classes of PyTorch; an untyped one says the type with each tensor.
+STORAGE_DTYPES = {
+    "torch.DoubleStorage": np.float64,
+    "torch.FloatStorage": np.float32,
+    "torch.HalfStorage": np.float16,
+    "torch.BFloat16Storage": ml_dtypes.bfloat16,
+    "torch.LongStorage": np.int64,
+    "torch.IntStorage": np.int32,
+    "torch.ShortStorage": np.int16,
+    "torch.CharStorage": np.int8,
+    "torch.ByteStorage": np.uint8,
+    "torch.BoolStorage": np.bool_,
+    "torch.ComplexFloatStorage": np.complex64,
+    "torch.ComplexDoubleStorage": np.complex128,
+    "torch.storage.UntypedStorage": None,
+}
+TENSOR_DTYPES = {
+    "torch.float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "torch.float8_e5m2": ml_dtypes.float8_e5m2,
+    "torch.uint16": np.uint16,
+    "torch.uint32": np.uint32,
+    "torch.uint64": np.uint64,
+}
+MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 MAX_INFLATION = 100  # weights never compress so well; a zip bomb does
+MAX_AXES = 64  # of a numpy array
+MAX_EXPANDED = 2**24  # elements of an expanded tensor, which repeats those of its storage
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
@@ -64,6 +94,8 @@ def load(path: str | Path) -> Any:
         if not start:
             raise TorchFileError("the file is empty")
         data = np.memmap(path, np.uint8, mode="r")
+        if start.startswith(b"PK"):
+            return _load_zip(path, data)
         if start == LEGACY_MAGIC:
             raise TorchFileError(
                 "the format of PyTorch before 1.6; save it again with a newer PyTorch: "
@@ -90,15 +122,133 @@ def _load_safetensors(data: np.ndarray) -> dict[str, np.ndarray]:
         if name == "__metadata__":
             continue
         try:
-            dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
-            shape = entry["shape"]
             start, end = entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
-        except (KeyError, TypeError, ValueError) as error:
-            raise TorchFileError(f"{name}: malformed entry of the header") from error
-        if not whole or end - start != math.prod(shape) * dtype.itemsize:
-            raise TorchFileError(f"{name}: {dtype} {shape} does not fill its {end - start} bytes")
-        if end > len(body):
-            raise TorchFileError(f"{name}: ends at byte {end} of {len(body)}; truncated?")
-        tensors[name] = body[start:end].view(dtype).reshape(shape)
+            if not 0 <= start <= end <= len(body):
+                raise TorchFileError(f"{name}: bytes {start}-{end} of {len(body)}; truncated?")
+            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+            tensors[name] = body[start:end].view(dtype).reshape(entry["shape"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, TorchFileError):
+                raise
+            raise TorchFileError(f"{name}: malformed entry of the header ({error})") from error
     return tensors
+
+
+def _load_zip(path: Path, data: np.ndarray) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _Archive(archive, data).load()
+    except TorchFileError:
+        raise
+    # What zipfile raises for corrupt bytes, and RuntimeError for features it does not know.
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError) as error:
+        raise TorchFileError(f"corrupt or truncated zip file ({error})") from error
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise TorchFileError(f"unreadable zip file ({error})") from error
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Bytes that tensors are views of, and the type it was saved with (None: of each tensor)."""
+
+    data: np.ndarray
+    dtype: np.dtype | None
+
+
+class _Archive:
+    """A zip file of torch.save: `data.pkl`, and the storages in `data/`, all in one folder."""
+
+    def __init__(self, archive: zipfile.ZipFile, data: np.ndarray):
+        self.archive = archive
+        self.data = data
+        self.members = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in self.members if PurePosixPath(name).name == "data.pkl"]
+        if len(pickles) != 1:
+            raise TorchFileError("a zip file without a data.pkl; torch.save did not write it")
+        self.folder = pickles[0].removesuffix("data.pkl")
+        self.storages: dict[str, np.ndarray] = {}
+        order = b"little"
+        if f"{self.folder}byteorder" in self.members:
+            order = self.read("byteorder").tobytes()
+        if order not in (b"little", b"big"):
+            raise TorchFileError(f"byteorder: {order[:20]!r}, expected little or big")
+        self.is_big_endian = order == b"big"
+
+    def load(self) -> Any:
+        calls = {
+            "torch._utils._rebuild_tensor_v2": self.tensor,
+            "torch._utils._rebuild_tensor_v3": self.tensor_v3,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        }
+        return unpickle.unpickle(self.read("data.pkl").tobytes(), calls, self.storage)
+
+    def read(self, name: str) -> np.ndarray:
+        """The bytes of a member, in place where they are stored uncompressed."""
+        info = self.members.get(self.folder + name)
+        if info is None:
+            raise TorchFileError(f"no {self.folder}{name} in the file")
+        if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
+            header = self.data[info.header_offset : info.header_offset + 30].tobytes()
+            if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+                raise TorchFileError(f"{info.filename}: not where the zip file says")
+            start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+            member = self.data[start : start + info.file_size]
+            if len(member) != info.file_size:
+                raise TorchFileError(f"{info.filename}: ends after the file; truncated?")
+            return member
+        if info.compress_type != zipfile.ZIP_DEFLATED:
+            raise TorchFileError(f"{info.filename}: encrypted, or compressed in an unknown way")
+        if info.file_size > MAX_INFLATION * max(info.compress_size, 1000):
+            raise TorchFileError(
+                f"{info.filename}: {info.compress_size} bytes would inflate to {info.file_size}"
+            )
+        return np.frombuffer(self.archive.read(info), np.uint8)
+
+    def storage(self, pid: Any) -> _Storage:
+        """The storage that `pid`, ("storage", type, key, device, number of elements), names."""
+        match pid:
+            case ("storage", Global(type_name), str(key), _, int(n_elements)):
+                pass
+            case _:
+                raise TorchFileError("malformed pickle: a persistent id that is no storage")
+        if type_name not in STORAGE_DTYPES:
+            raise TorchFileError(f"unknown type of storage: {type_name}")
+        dtype = STORAGE_DTYPES[type_name]
+        if key not in self.storages:
+            self.storages[key] = self.read(f"data/{key}")
+        n_bytes = n_elements * (1 if dtype is None else np.dtype(dtype).itemsize)
+        if not 0 <= n_bytes <= len(self.storages[key]):
+            raise TorchFileError(
+                f"storage {key}: {len(self.storages[key])} bytes where {n_bytes} are expected"
+            )
+        return _Storage(self.storages[key][:n_bytes], dtype)
+
+    def tensor_v3(self, storage, offset, size, stride, grad, hooks, dtype: Global, *_):
+        if dtype.name not in TENSOR_DTYPES:
+            raise TorchFileError(f"unknown type of tensor: {dtype.name}")
+        storage = _Storage(storage.data, TENSOR_DTYPES[dtype.name])
+        return self.tensor(storage, offset, size, stride)
+
+    def tensor(self, storage: _Storage, offset: int, size: tuple, stride: tuple, *_) -> np.ndarray:
+        """torch._utils._rebuild_tensor_v2: a strided view of a storage (units: elements)."""
+        if not (isinstance(size, tuple) and isinstance(stride, tuple)) or len(size) > MAX_AXES:
+            raise TorchFileError(f"a tensor whose size is no tuple of at most {MAX_AXES}")
+        if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+            raise TorchFileError("a tensor whose offset, size or stride is no natural number")
+        dtype = np.dtype(storage.dtype)
+        n_elements = len(storage.data) // dtype.itemsize
+        count = math.prod(size)
+        if count == 0:
+            return np.zeros(size, dtype)
+        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+        if last >= n_elements:
+            raise TorchFileError(f"a tensor reaches element {last} of a storage of {n_elements}")
+        if count > max(n_elements, MAX_EXPANDED):
+            raise TorchFileError(f"a tensor of {count} elements in a storage of {n_elements}")
+        data = storage.data
+        if self.is_big_endian:
+            part = dtype.itemsize // (2 if dtype.kind == "c" else 1)
+            data = data.view(f"u{part}").byteswap().view(np.uint8)
+        # The stride of an axis of one element has no meaning and may be anything.
+        strides = [s * dtype.itemsize if n > 1 else 0 for n, s in zip(size, stride, strict=True)]
+        return np.ndarray(size, dtype, data, offset * dtype.itemsize, strides)
