@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import flax.serialization
+import flax.traverse_util
 import huggingface_hub
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 from flax import nnx
 
@@ -52,7 +54,8 @@ TABLE: list[table.Row] = [
 ]
 # The other half of a whole CLIPModel, projections, and a buffer of older transformers.
 IGNORED = (
-    r"(vision_model|visual_projection|text_projection)\..*|logit_scale|embeddings\.position_ids"
+    r"(vision_model|visual_projection|text_projection)\..*|logit_scale|"
+    r"(text_model\.)?embeddings\.position_ids"
 )
 
 
@@ -90,9 +93,11 @@ def load_clip_text(name_or_folder: str | Path, dtype: jnp.dtype = jnp.float32) -
             rngs=nnx.Rngs(0),
         )
 
+    tensors = _weights(folder)
     # Text-only checkpoints of transformers 5 have no such prefix.
-    tensors = {name.removeprefix("text_model."): x for name, x in _weights(folder).items()}
-    return table.fill(make, tensors, TABLE, source=str(folder), ignored=IGNORED)
+    prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""
+    rows = [(prefix + theirs, ours, axes) for theirs, ours, axes in TABLE]
+    return table.fill(make, tensors, rows, source=str(folder), ignored=IGNORED)
 
 
 def local_folder(name_or_folder: str | Path) -> Path:
@@ -122,7 +127,7 @@ def local_folder(name_or_folder: str | Path) -> Path:
 def _text_config(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; expected the config of a CLIP model")
-    config = json.loads(path.read_text())
+    config = _read_json(path)
     if config.get("model_type") not in ("clip", "clip_text_model"):
         raise ValueError(
             f"{path}: model_type={config.get('model_type')!r}, expected 'clip' or 'clip_text_model'"
@@ -130,7 +135,22 @@ def _text_config(path: Path) -> dict:
     if config["model_type"] == "clip":
         # Old files repeat the text settings under text_config_dict, which then has precedence.
         config = {**config.get("text_config", {}), **(config.get("text_config_dict") or {})}
-    return {**CONFIG_DEFAULTS, **config}
+    config = {**CONFIG_DEFAULTS, **config}
+    for key, default in CONFIG_DEFAULTS.items():
+        value = config[key]
+        if type(value) is not type(default) or (not isinstance(value, str) and value <= 0):
+            raise ValueError(f"{path}: {key}={value!r}, expected something like {default!r}")
+    return config
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON {type(content).__name__}, expected an object")
+    return content
 
 
 def _weights(folder: Path) -> Mapping[str, np.ndarray]:
@@ -145,7 +165,7 @@ def _weights(folder: Path) -> Mapping[str, np.ndarray]:
         if (folder / name).is_file():
             return read(folder / name)
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(_read_json(index)["weight_map"].values()))
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise FileNotFoundError(f"{index}: names {', '.join(missing)}, not found beside it")
@@ -155,9 +175,14 @@ def _weights(folder: Path) -> Mapping[str, np.ndarray]:
 
 def _load_flax(path: Path) -> dict[str, np.ndarray]:
     """A Flax checkpoint under PyTorch's names, and in its layout (kernels are transposed)."""
+    try:
+        tree = flax.serialization.msgpack_restore(path.read_bytes())
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ValueError(f"{path}: corrupt or truncated ({error!r})") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: holds {type(tree).__name__}, expected a tree of parameters")
     tensors = {}
-    flat = flax.traverse_util.flatten_dict(flax.serialization.msgpack_restore(path.read_bytes()))
-    for (*scope, leaf), x in flat.items():
-        leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-        tensors[".".join([*scope, leaf])] = x.T if leaf == "kernel" else x
+    for (*scope, leaf), x in flax.traverse_util.flatten_dict(tree).items():
+        name = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+        tensors[".".join([*scope, name])] = x.T if leaf == "kernel" else x
     return tensors
