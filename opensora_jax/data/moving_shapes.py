@@ -135,11 +135,17 @@ def write_dataset(
       ValueError: a bad parameter, or the folder was made with other parameters.
     """
     folder = Path(folder)
-    n_phrasings = len(captions(*combinations[0]))
-    if n_videos < 1:
-        raise ValueError(f"n_videos={n_videos}: expected at least 1")
-    if not 1 <= n_captions <= n_phrasings:
-        raise ValueError(f"n_captions={n_captions}: expected 1 to {n_phrasings} phrasings")
+    n_phrasings = min(len(captions(*combination)) for combination in combinations)
+    for name, value, good, expected in (
+        ("n_videos", n_videos, n_videos >= 1, "at least 1"),
+        ("seed", seed, seed >= 0, "at least 0"),
+        ("n_frames", n_frames, n_frames >= 2, "at least 2"),
+        ("resolution", resolution, resolution >= 16 and resolution % 2 == 0, "16 or more, even"),
+        ("fps", fps, fps > 0, "more than 0"),
+        ("n_captions", n_captions, 1 <= n_captions <= n_phrasings, f"1 to {n_phrasings}"),
+    ):
+        if not good:
+            raise ValueError(f"{name}={value}: expected {expected}")
     params = {
         "n_videos": n_videos,
         "combinations": [list(combination) for combination in combinations],
@@ -155,6 +161,8 @@ def write_dataset(
 
     videos = folder / "videos"
     videos.mkdir(exist_ok=True)
+    for leftover in videos.glob(".*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink()
     entries = []
     for i in tqdm.trange(n_videos, desc=f"writing {videos}", unit="video"):
         combination = combinations[i % len(combinations)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import imageio.v3 as iio
 import numpy as np
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 
 # Frames repeated over a longer gap than this are a broken timestamp, not a slow video.
 _LONGEST_GAP_SECONDS = 60
@@ -42,16 +42,19 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     Raises:
       VideoError: missing, truncated, not a video, or without any frame.
     """
+    path = Path(path)
     with _opened(path) as (container, stream):
-        n_frames = _count_packets(container, stream)
-    if n_frames == 0:
-        raise VideoError(f"{path}: no frames")
+        pts = [packet.pts for packet in _packets(container, stream)]
+        fps = _usual_rate(stream)
+        if len(pts) > 1 and None not in pts and max(pts) > min(pts):
+            # The mean rate; what a container claims is often a guess from its first frames.
+            fps = (len(pts) - 1) / float((max(pts) - min(pts)) * stream.time_base)
     with _opened(path) as (container, stream):
         frame = next(_decode(path, container, stream), None)
         if frame is None:
             raise VideoError(f"{path}: no frames")
         height, width = _shown_size(frame)
-        return VideoInfo(n_frames, float(stream.average_rate or stream.guessed_rate), height, width)
+        return VideoInfo(len(pts), fps, height, width)
 
 
 def read_video(
@@ -76,16 +79,20 @@ def read_video(
 
     Raises:
       TooLong: more than max_frames frames in the file.
-      VideoError: missing, truncated, damaged, not a video, or no frame left after `start`.
+      VideoError: missing, truncated, damaged, not a video, or no frame left after `start`. A file
+        without an index (.mkv, .webm, .ts) does not tell that its end is missing: it is read as far
+        as it goes.
     """
     path = Path(path)
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     _check_arguments(size, fps, start, n_frames)
     if max_frames is not None:
         with _opened(path) as (container, stream):
-            if _count_packets(container, stream, stop_after=max_frames) > max_frames:
-                raise TooLong(f"{path}: more than {max_frames} frames")
+            for count, _ in enumerate(_packets(container, stream), start=1):
+                if count > max_frames:
+                    raise TooLong(f"{path}: more than {max_frames} frames")
     images = []
+    reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
     with _opened(path) as (container, stream):
         frames = _decode(path, container, stream)
         if fps is not None:
@@ -96,7 +103,8 @@ def read_video(
             if k < start:
                 continue
             # Frames of another size (a stream may change its own) follow the first one's.
-            images.append(_to_image(frame, size or (images[0].shape[:2] if images else None)))
+            shape = size or (images[0].shape[:2] if images else None)
+            images.append(_to_image(reformatter, frame, shape))
     if not images:
         raise VideoError(f"{path}: no frames" + (f" from frame {start} on" if start else ""))
     return np.stack(images)
@@ -113,7 +121,8 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: in
       crf: H.264's constant rate factor, 0 (lossless) to 51; not used for .gif.
 
     Raises:
-      VideoError: another suffix, wrong frames, or an odd height or width for .mp4.
+      VideoError: another suffix, no such folder, wrong frames or rate, or an odd height or width
+        for .mp4.
     """
     path = Path(path)
     frames = np.asarray(frames)
@@ -125,6 +134,8 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: in
         )
     if not fps > 0:
         raise VideoError(f"{path}: fps={fps}: expected more than 0")
+    if not path.parent.is_dir():
+        raise VideoError(f"{path}: the folder {path.parent} does not exist")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _ENCODERS[path.suffix](temporary, frames, fps, crf, path)
@@ -193,17 +204,24 @@ def _video_stream(path, container):
     file_size = path.stat().st_size
     if any(entry.pos + entry.size > file_size for entry in stream.index_entries):
         raise VideoError(f"{path}: truncated: its index points past the end of the file")
+    if name == "gif" and not _ends_with_gif_trailer(path):
+        raise VideoError(f"{path}: truncated: no GIF trailer at the end of the file")
     return stream
 
 
-def _count_packets(container, stream, stop_after=None):
-    """Counts the frames that the file really holds (one packet each), at most stop_after + 1."""
-    count = 0
-    for packet in container.demux(stream):
-        count += packet.size > 0 and not packet.is_discard
-        if stop_after is not None and count > stop_after:
-            break
-    return count
+def _ends_with_gif_trailer(path):
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        return file.read().rstrip(b"\0").endswith(b";")
+
+
+def _packets(container, stream) -> Iterator[av.Packet]:
+    """The packets that hold a frame to show: one a frame, and cheap to count."""
+    return (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+
+
+def _usual_rate(stream):
+    return float(stream.average_rate or stream.guessed_rate or 25)  # 25: libav's own guess
 
 
 def _decode(path, container, stream) -> Iterator[av.VideoFrame]:
@@ -215,7 +233,7 @@ def _decode(path, container, stream) -> Iterator[av.VideoFrame]:
 
 def _resample(path, frames, stream, fps) -> Iterator[av.VideoFrame]:
     """Yields, for k = 0, 1, ..., the frame whose time is nearest to k / fps after the first."""
-    usual = 1 / float(stream.average_rate or stream.guessed_rate)
+    usual = 1 / _usual_rate(stream)
     k, first, shown, time, length = 0, None, None, 0.0, usual
     for frame in frames:
         if shown is None:
@@ -241,7 +259,7 @@ def _shown_size(frame):
     return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
-def _to_image(frame, size):
+def _to_image(reformatter, frame, size):
     """Converts to RGB, rotates as the file says, resizes to cover `size`, crops the centre."""
     height, width = _shown_size(frame)
     out_height, out_width = size or (height, width)
@@ -249,9 +267,9 @@ def _to_image(frame, size):
     covered = (max(out_height, round(height * scale)), max(out_width, round(width * scale)))
     to_height, to_width = covered[::-1] if frame.rotation % 180 else covered
     # swscale widens the bicubic kernel when it shrinks: no aliasing.
-    image = frame.to_ndarray(
-        format="rgb24", height=to_height, width=to_width, interpolation=Interpolation.BICUBIC
-    )
+    image = reformatter.reformat(
+        frame, to_width, to_height, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
+    ).to_ndarray()
     image = np.rot90(image, round(frame.rotation / 90) % 4)
     top, left = (covered[0] - out_height) // 2, (covered[1] - out_width) // 2
     return image[top : top + out_height, left : left + out_width]
