@@ -18,6 +18,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 # Frames repeated over a longer gap than this are a broken timestamp, not a slow video.
 _LONGEST_GAP_SECONDS = 60
+# Matroska and others round times to 1/1000 s: the end is not known better than this.
+_TIME_ERROR_SECONDS = 0.002
 
 
 class VideoError(Exception):
@@ -151,7 +153,8 @@ def _write_mp4(temporary, frames, fps, crf, path):
     rate = Fraction(fps).limit_denominator(1001)
     with av.open(str(temporary), "w", format="mp4") as container:
         # One thread: thousands of tiny videos are written, and threads cost more than they bring.
-        options = {"crf": str(crf), "preset": "fast", "threads": "1"}
+        # No macroblock tree: with it x264 writes small frames differently from time to time.
+        options = {"crf": str(crf), "preset": "fast", "threads": "1", "mbtree": "0"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for image in frames:
@@ -249,7 +252,7 @@ def _resample(path, frames, stream, fps) -> Iterator[av.VideoFrame]:
                 k += 1
             time += length
         shown = frame
-    while shown is not None and k / fps < time + length - 1e-6:
+    while shown is not None and k / fps < time + length - _TIME_ERROR_SECONDS:
         yield shown
         k += 1
 
