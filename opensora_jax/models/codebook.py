@@ -1,0 +1,107 @@
+"""Vector quantization with a codebook learned by exponential moving averages.
+
+Shape suffixes: N positions, K codes, D embedding dimension.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class CodebookVariable(nnx.Variable):
+    """State of the codebook: trained by averages, not by gradients."""
+
+
+def nearest_codes(z_ND: jax.Array, codebook_KD: jax.Array, chunk: int = 16_384) -> jax.Array:
+    """Index (N,) int32 of the nearest row of the codebook in Euclidean distance.
+
+    |z|^2 is left out, being the same for all codes. Positions go in chunks, so that the distances
+    of a long video are never all in memory.
+    """
+    codebook_KD = codebook_KD.astype(jnp.float32)
+    half_norm_K = 0.5 * jnp.sum(codebook_KD**2, axis=-1)
+
+    def search(z_ND):
+        score_NK = jnp.dot(z_ND, codebook_KD.T, precision=jax.lax.Precision.HIGHEST) - half_norm_K
+        return jnp.argmax(score_NK, axis=-1).astype(jnp.int32)
+
+    n = z_ND.shape[0]
+    z_ND = z_ND.astype(jnp.float32)
+    if n <= chunk:
+        return search(z_ND)
+    chunks = jnp.pad(z_ND, ((0, -n % chunk), (0, 0))).reshape(-1, chunk, z_ND.shape[-1])
+    return jax.lax.map(search, chunks).reshape(-1)[:n]
+
+
+class Codebook(nnx.Module):
+    """VideoGPT's codebook (arXiv:2104.10157, after VQ-VAE-2's averages, arXiv:1906.00446).
+
+    In training, `__call__` moves the averages and restarts dead codes from random encoder outputs.
+    A code is dead when its average use is under `restart_below` of the mean use; a restarted code
+    gets the mean use, a grace of about log(1 / restart_below) / (1 - decay) steps. (VideoGPT
+    leaves the averages of a restarted code as they are, so that it is dead again a step later.)
+
+    The first training step takes the codes from the encoder's outputs.
+    """
+
+    def __init__(
+        self,
+        n_codes: int,
+        dim: int,
+        *,
+        rngs: nnx.Rngs,
+        decay: float = 0.99,
+        restart_below: float = 0.03,
+    ):
+        self.n_codes, self.dim = n_codes, dim
+        self.decay, self.restart_below = decay, restart_below
+        embeddings = jax.random.normal(rngs.params(), (n_codes, dim))
+        self.embeddings = CodebookVariable(embeddings)
+        self.counts = CodebookVariable(jnp.zeros((n_codes,)))
+        self.sums = CodebookVariable(embeddings)
+        self.is_initialized = CodebookVariable(jnp.zeros((), jnp.bool_))
+
+    def codes(self, z: jax.Array) -> jax.Array:
+        """Nearest codes of z (..., D) -> (...) int32."""
+        flat = nearest_codes(z.reshape(-1, self.dim), self.embeddings[...])
+        return flat.reshape(z.shape[:-1])
+
+    def lookup(self, codes: jax.Array) -> jax.Array:
+        """Embeddings (..., D) float32 of codes (...)."""
+        return self.embeddings[...][codes]
+
+    def update(self, z_ND: jax.Array, key: jax.Array) -> jax.Array:
+        """One step of the averages with encoder outputs (N, D); the codes (N,) they were given."""
+        z_ND = jax.lax.stop_gradient(z_ND.astype(jnp.float32))
+        n = z_ND.shape[0]
+        mean_use = n / self.n_codes
+        order = jax.random.permutation(key, n)
+        random_KD = z_ND[order[jnp.arange(self.n_codes) % n]]
+
+        is_first = ~self.is_initialized[...]
+        embeddings = jnp.where(is_first, random_KD, self.embeddings[...])
+        counts = jnp.where(is_first, mean_use, self.counts[...])
+        sums = jnp.where(is_first, random_KD * mean_use, self.sums[...])
+
+        codes_N = nearest_codes(z_ND, embeddings)
+        new_counts = jnp.zeros((self.n_codes,)).at[codes_N].add(1.0)
+        new_sums = jnp.zeros((self.n_codes, self.dim)).at[codes_N].add(z_ND)
+        counts = self.decay * counts + (1 - self.decay) * new_counts
+        sums = self.decay * sums + (1 - self.decay) * new_sums
+
+        is_dead = counts < self.restart_below * mean_use
+        counts = jnp.where(is_dead, mean_use, counts)
+        sums = jnp.where(is_dead[:, None], random_KD * mean_use, sums)
+
+        self.embeddings[...] = sums / counts[:, None]
+        self.counts[...] = counts
+        self.sums[...] = sums
+        self.is_initialized[...] = jnp.ones((), jnp.bool_)
+        return codes_N
+
+
+def perplexity(codes: jax.Array, n_codes: int) -> tuple[jax.Array, jax.Array]:
+    """(perplexity in [1, n_codes], number of codes used) of an array of codes."""
+    counts = jnp.zeros((n_codes,)).at[codes.reshape(-1)].add(1.0)
+    p = counts / codes.size
+    return jnp.exp(-jnp.sum(p * jnp.log(p + 1e-10))), jnp.sum(counts > 0)

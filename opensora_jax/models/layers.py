@@ -1,0 +1,118 @@
+"""Building blocks shared by the networks.
+
+Every parameter is made by `param`, which writes its logical axes beside its initializer; the rule
+table in `opensora_jax.mesh` turns them into shardings.
+
+Shape suffixes: B batch, N tokens, D features in, F features out, K head size.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
+Axes = tuple[str | None, ...]
+
+
+def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Axes) -> nnx.Param:
+    """A float32 parameter of `shape` with one logical axis name (or None) a dimension.
+
+    Raises:
+      ValueError: if there are not as many axes as dimensions.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"axes={axes}: expected one name for each dimension of shape {shape}")
+    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=axes)
+
+
+class Dense(nnx.Module):
+    """y = x @ kernel + bias over the last dimension.
+
+    Leading dimensions are flattened first: the weight gradient is then one plain matmul, which on
+    CPU runs twice as fast as the contraction over two dimensions.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        axes: Axes,
+        rngs: nnx.Rngs,
+        init: Initializer = nnx.initializers.xavier_uniform(),
+        use_bias: bool = True,
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        self.kernel = param(rngs, init, (d_in, d_out), axes)
+        zeros = nnx.initializers.zeros
+        self.bias = param(rngs, zeros, (d_out,), axes[1:]) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def rms_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x over its root mean square on the last dimension, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype)
+
+
+def layer_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """Layer normalization without scale or shift, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalization with a learned scale (arXiv:1910.07467)."""
+
+    def __init__(self, features: int, *, axes: Axes, rngs: nnx.Rngs):
+        self.scale = param(rngs, nnx.initializers.ones, (features,), axes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_normalize(x) * self.scale[...].astype(x.dtype)
+
+
+def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoidal embedding (B, width), cosines first, float32 (facebookresearch/DiT, GLIDE)."""
+    half = width // 2
+    frequency = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = t_B.astype(jnp.float32)[:, None] * frequency
+    embedding = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, width - 2 * half)))
+
+
+def rotary_angles(grid: tuple[int, int, int], head_dim: int, base: float = 100.0) -> jax.Array:
+    """Angles (N, head_dim // 2) of 3-D rotary positions for a (T, H, W) grid of tokens.
+
+    The pairs of a head are divided over time, height and width, what is left over going to time
+    (RoFormer, arXiv:2104.09864, one axis at a time). `base` is small because grids are short.
+    """
+    pairs = head_dim // 2
+    spatial = pairs // 3
+    counts = (pairs - 2 * spatial, spatial, spatial)
+    positions = jnp.meshgrid(*[jnp.arange(n, dtype=jnp.float32) for n in grid], indexing="ij")
+    angles = [
+        p.reshape(-1, 1) * base ** (-jnp.arange(c, dtype=jnp.float32) / max(c, 1))
+        for p, c in zip(positions, counts, strict=True)
+    ]
+    return jnp.concatenate(angles, axis=-1)
+
+
+def apply_rotary(x_BNHK: jax.Array, angles_NK: jax.Array) -> jax.Array:
+    """Rotates each pair (x[i], x[i + K/2]) of the first len(angles) tokens; the rest are as is."""
+    n = angles_NK.shape[0]
+    cos, sin = jnp.cos(angles_NK)[:, None], jnp.sin(angles_NK)[:, None]
+    rotated, rest = x_BNHK[:, :n].astype(jnp.float32), x_BNHK[:, n:]
+    a, b = jnp.split(rotated, 2, axis=-1)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x_BNHK.dtype), rest], axis=1)

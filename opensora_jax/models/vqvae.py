@@ -1,0 +1,328 @@
+"""The VQ-VAE of VideoGPT (Yan et al., arXiv:2104.10157): video <-> a (t, h, w) grid of codes.
+
+The same function as the original, so that its checkpoints load (`opensora_jax.convert.videogpt`).
+
+Shape suffixes: B batch, T frames, H height, W width, C channels; lower case: the code grid.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from opensora_jax.models import layers
+from opensora_jax.models.codebook import Codebook
+from opensora_jax.models.conv import conv
+
+Size3 = tuple[int, int, int]
+
+# Variance of the pixels in the original's data; it scales the reconstruction loss.
+DATA_VARIANCE = 0.06
+
+
+def _same_padding(kernel: Size3, stride: Size3) -> list[tuple[int, int]]:
+    return [((k - s + 1) // 2, (k - s) // 2) for k, s in zip(kernel, stride, strict=True)]
+
+
+def _pad(x_BTHWC: jax.Array, padding: list[tuple[int, int]]) -> jax.Array:
+    return jnp.pad(x_BTHWC, ((0, 0), *padding, (0, 0)))
+
+
+class Conv(nnx.Module):
+    """Same-padding 3-D convolution, strides 1 or 2.
+
+    A strided axis is folded into channels first (space-to-depth): the same function as a stride-1
+    convolution over cells, whose gradient XLA computes a hundred times faster on CPU and which
+    fills a TPU's matrix unit better than three input channels do.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        kernel: int,
+        stride: Size3 = (1, 1, 1),
+        *,
+        rngs: nnx.Rngs,
+        use_bias: bool = True,
+        scale: float = 1.0,
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        init = nnx.initializers.variance_scaling(
+            scale, "fan_in", "truncated_normal", in_axis=(0, 1, 2, 3)
+        )
+        self.kernel = layers.param(
+            rngs, init, (kernel,) * 3 + (d_in, d_out), (None, None, None, "conv_in", "conv_out")
+        )
+        zeros = nnx.initializers.zeros
+        self.bias = layers.param(rngs, zeros, (d_out,), ("conv_out",)) if use_bias else None
+        self.stride, self.dtype = stride, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        w = self.kernel[...]
+        x = _pad(x.astype(self.dtype), _same_padding(w.shape[:3], self.stride))
+        for axis, s in enumerate(self.stride):
+            if s == 2:
+                x, w = _fold(x, axis + 1, channel=4), _fold(w, axis, channel=3)
+        y = conv(x, w.astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class ConvTranspose(nnx.Module):
+    """Same-padding transposed 3-D convolution, kernel 4, strides 1 or 2.
+
+    A strided axis is computed as a stride-1 convolution followed by depth-to-space.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        stride: Size3,
+        *,
+        rngs: nnx.Rngs,
+        scale: float = 1.0,
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        # Each output is reached by 4 / stride taps an axis: that is the fan-in to scale by.
+        taps = math.prod(4 // s for s in stride)
+        init = nnx.initializers.truncated_normal(math.sqrt(scale / (taps * d_in)))
+        axes = (None, None, None, "conv_in", "conv_out")
+        self.kernel = layers.param(rngs, init, (4, 4, 4, d_in, d_out), axes)
+        self.bias = layers.param(rngs, nnx.initializers.zeros, (d_out,), ("conv_out",))
+        self.stride, self.dtype = stride, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        w = self.kernel[...]
+        x = _pad(x.astype(self.dtype), _same_padding((4, 4, 4), self.stride))
+        for axis, s in enumerate(self.stride):
+            if s == 1:
+                w = jnp.flip(w, axis)
+            else:
+                # Output 2q + r sees taps (3 - r, 1 - r) of two neighbouring inputs.
+                pairs = w.reshape(*w.shape[:axis], 2, 2, *w.shape[axis + 1 :])
+                w = _fold(jnp.flip(pairs, axis).reshape(w.shape), axis, channel=4)
+        y = conv(x, w.astype(self.dtype))
+        for axis in reversed(range(3)):
+            if self.stride[axis] == 2:
+                y = _unfold(y, axis + 1, channel=4)
+                y = jax.lax.slice_in_dim(y, 1, y.shape[axis + 1] - 1, axis=axis + 1)
+        return y + self.bias[...].astype(self.dtype)
+
+
+def _fold(x: jax.Array, axis: int, channel: int) -> jax.Array:
+    """Pairs along `axis` (an odd last one is dropped) become channels: n -> n // 2, C -> 2 C."""
+    n = x.shape[axis] // 2
+    x = jax.lax.slice_in_dim(x, 0, 2 * n, axis=axis)
+    shape = list(x.shape)
+    x = jnp.moveaxis(x.reshape(*shape[:axis], n, 2, *shape[axis + 1 :]), axis + 1, channel)
+    shape[axis] = n
+    shape[channel] *= 2
+    return x.reshape(shape)
+
+
+def _unfold(x: jax.Array, axis: int, channel: int) -> jax.Array:
+    """The inverse of `_fold`: C -> C // 2, n -> 2 n."""
+    shape = list(x.shape)
+    shape[channel] //= 2
+    x = x.reshape(*shape[:channel], 2, *shape[channel:])
+    shape[axis] *= 2
+    return jnp.moveaxis(x, channel, axis + 1).reshape(shape)
+
+
+class AxialAttention(nnx.Module):
+    """Two-head self-attention along one axis of (B, T, H, W, C)."""
+
+    def __init__(self, width: int, axis: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        init = nnx.initializers.normal(width**-0.5)
+        dense = {"init": init, "rngs": rngs, "dtype": dtype}
+        self.query = layers.Dense(
+            width, width, axes=("conv_in", "conv_out"), use_bias=False, **dense
+        )
+        self.key = layers.Dense(width, width, axes=("conv_in", "conv_out"), use_bias=False, **dense)
+        self.value = layers.Dense(
+            width, width, axes=("conv_in", "conv_out"), use_bias=False, **dense
+        )
+        self.out = layers.Dense(width, width, axes=("conv_out", "conv_in"), **dense)
+        self.axis = axis
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def heads(y):
+            y = jnp.moveaxis(y, self.axis, 3)
+            return y.reshape(-1, y.shape[3], 2, y.shape[4] // 2)
+
+        q, k, v = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        out = jax.nn.dot_product_attention(q, k, v)
+        shape = jnp.moveaxis(x, self.axis, 3).shape
+        return self.out(jnp.moveaxis(out.reshape(shape), 3, self.axis))
+
+
+class ResidualBlock(nnx.Module):
+    """x + axial attention of a bottleneck convolution, each after batch norm and ReLU."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        conv = {"use_bias": False, "rngs": rngs, "dtype": dtype}
+        self.norms = nnx.List([batch_norm(c, rngs) for c in (width, width // 2, width)])
+        self.conv_3 = Conv(width, width // 2, 3, **conv)
+        self.conv_1 = Conv(width // 2, width, 1, **conv)
+        self.attention = nnx.List(
+            [AxialAttention(width, axis, rngs=rngs, dtype=dtype) for axis in (1, 2, 3)]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.conv_3(jax.nn.relu(self.norms[0](x)))
+        h = self.conv_1(jax.nn.relu(self.norms[1](h)))
+        h = jax.nn.relu(self.norms[2](h))
+        return x + sum(attention(h) for attention in self.attention)
+
+
+def batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """Batch norm over all devices' examples; statistics in float32."""
+    return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+
+
+class ResidualStack(nnx.Module):
+    def __init__(self, width: int, depth: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.blocks = nnx.List([ResidualBlock(width, rngs=rngs, dtype=dtype) for _ in range(depth)])
+        self.norm = batch_norm(width, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in self.blocks:
+            x = block(x)
+        return jax.nn.relu(self.norm(x))
+
+
+class VQVAE(nnx.Module):
+    """Video (B, T, H, W, 3) in [-0.5, 0.5] <-> codes (B, t, h, w) int32.
+
+    Args:
+      n_codes: size of the codebook.
+      embedding_dim: dimension of a code.
+      n_hiddens: width of the networks.
+      n_res_layers: residual blocks in the encoder and in the decoder.
+      downsample: (T/t, H/h, W/w), powers of two.
+      normalize_latents: scale the encoder's output to unit RMS at each position before it is
+        quantized; keeps the codebook alive when training from scratch. VideoGPT has it off.
+      n_frames: length of the videos it was trained on; longer ones are encoded in windows.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_codes: int,
+        embedding_dim: int,
+        n_hiddens: int,
+        n_res_layers: int,
+        downsample: Size3,
+        normalize_latents: bool = False,
+        n_frames: int = 16,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        downsample = tuple(int(d) for d in downsample)
+        if len(downsample) != 3 or any(d < 1 or d & (d - 1) for d in downsample):
+            raise ValueError(f"downsample={downsample}: expected three powers of two")
+        if max(downsample) == 1:
+            raise ValueError(f"downsample={downsample}: expected at least one factor above 1")
+        self.downsample = downsample
+        self.normalize_latents, self.n_frames = normalize_latents, n_frames
+        levels = [int(math.log2(d)) for d in downsample]
+        strides = [tuple(2 if level > i else 1 for level in levels) for i in range(max(levels))]
+        widths = [3] + [n_hiddens] * len(strides)
+        common = {"rngs": rngs, "dtype": dtype}
+
+        self.encoder_convs = nnx.List(
+            [
+                Conv(w_in, w_out, 4, stride, scale=2.0, **common)
+                for w_in, w_out, stride in zip(widths, widths[1:], strides, strict=False)
+            ]
+        )
+        self.encoder_last = Conv(n_hiddens, n_hiddens, 3, **common)
+        self.encoder_stack = ResidualStack(n_hiddens, n_res_layers, **common)
+        self.pre_vq = Conv(n_hiddens, embedding_dim, 1, **common)
+        self.codebook_state = Codebook(n_codes, embedding_dim, rngs=rngs)
+        self.post_vq = Conv(embedding_dim, n_hiddens, 1, **common)
+        self.decoder_stack = ResidualStack(n_hiddens, n_res_layers, **common)
+        # The original's decoder strides an axis in its first levels, not in its last.
+        self.decoder_convs = nnx.List(
+            [
+                ConvTranspose(
+                    n_hiddens,
+                    3 if i == len(strides) - 1 else n_hiddens,
+                    stride,
+                    scale=0.02 if i == len(strides) - 1 else 2.0,
+                    **common,
+                )
+                for i, stride in enumerate(strides)
+            ]
+        )
+
+    @property
+    def codebook(self) -> jax.Array:
+        """(n_codes, embedding_dim) float32."""
+        return self.codebook_state.embeddings[...]
+
+    def latents(self, video: jax.Array) -> jax.Array:
+        """Encoder output before quantization, (B, t, h, w, embedding_dim) float32."""
+        h = video
+        for layer in self.encoder_convs:
+            h = jax.nn.relu(layer(h))
+        z = self.pre_vq(self.encoder_stack(self.encoder_last(h))).astype(jnp.float32)
+        return layers.rms_normalize(z) if self.normalize_latents else z
+
+    def reconstruct(self, embeddings: jax.Array) -> jax.Array:
+        """(B, t, h, w, embedding_dim) -> video (B, T, H, W, 3) float32."""
+        h = self.decoder_stack(self.post_vq(embeddings))
+        for i, layer in enumerate(self.decoder_convs):
+            h = layer(h if i == 0 else jax.nn.relu(h))
+        return h.astype(jnp.float32)
+
+    def encode(self, video: jax.Array) -> jax.Array:
+        """Video (B, T, H, W, 3) in [-0.5, 0.5] -> codes (B, t, h, w) int32.
+
+        Raises:
+          ValueError: if a side of the video is not a multiple of its downsampling.
+        """
+        sides = video.shape[1:4]
+        if video.ndim != 5 or any(s % d for s, d in zip(sides, self.downsample, strict=True)):
+            raise ValueError(
+                f"video of shape {video.shape}: expected (B, T, H, W, 3) with T, H, W multiples of "
+                f"{self.downsample}"
+            )
+        return self.codebook_state.codes(self.latents(video))
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        """Codes (B, t, h, w) -> video (B, T, H, W, 3) float32, about [-0.5, 0.5]."""
+        return self.reconstruct(self.codebook_state.lookup(codes))
+
+    def losses(
+        self,
+        video: jax.Array,
+        key: jax.Array | None = None,
+        quantized_share: jax.Array | float = 1.0,
+    ) -> dict[str, jax.Array]:
+        """The terms of the loss and what to watch, scalars but for `recon` and `codes`.
+
+        With a `key` the codebook's averages move (and, after `.train()`, batch statistics do), and
+        of every video's positions only `quantized_share` reach the decoder quantized.
+        """
+        z = self.latents(video)
+        if key is None:
+            codes = self.codebook_state.codes(z)
+        else:
+            codes = self.codebook_state.update(z.reshape(-1, z.shape[-1]), key).reshape(z.shape[:4])
+        embeddings = jax.lax.stop_gradient(self.codebook_state.lookup(codes))
+        commitment = 0.25 * jnp.mean((z - embeddings) ** 2)
+        # The gradient passes the quantization straight through.
+        quantized = z + jax.lax.stop_gradient(embeddings - z)
+        if key is not None:
+            chosen = jax.random.uniform(jax.random.fold_in(key, 1), (z.shape[0], 1, 1, 1, 1))
+            quantized = jnp.where(chosen < quantized_share, quantized, z)
+        recon = self.reconstruct(quantized)
+        return {
+            "recon_loss": jnp.mean((recon - video) ** 2) / DATA_VARIANCE,
+            "commitment_loss": commitment,
+            "recon": recon,
+            "codes": codes,
+        }

@@ -1,0 +1,87 @@
+"""Training of the VQ-VAE on video clips."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from opensora_jax import mesh as mesh_lib
+from opensora_jax.models.codebook import perplexity
+from opensora_jax.models.vqvae import VQVAE
+
+PyTree = Any
+
+
+def to_float(video: jax.Array) -> jax.Array:
+    """uint8 -> float32 in [-0.5, 0.5]."""
+    return video.astype(jnp.float32) / 255.0 - 0.5
+
+
+def to_uint8(video: jax.Array) -> jax.Array:
+    """Float in [-0.5, 0.5], clipped -> uint8."""
+    return jnp.round((jnp.clip(video, -0.5, 0.5) + 0.5) * 255.0).astype(jnp.uint8)
+
+
+class VQVAETask:
+    """Batches: {"video": uint8 (B, T, H, W, 3)}. `extra` holds batch statistics and the codebook."""
+
+    def __init__(
+        self, make_model: Callable[[nnx.Rngs], VQVAE], quantize_between: tuple[int, int] = (-1, 0)
+    ):
+        self._quantize_between = quantize_between
+        self._make_model = make_model
+        model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+        self.n_codes = model.codebook_state.n_codes
+        self._graphdef, self._params, _ = nnx.split(model, nnx.Param, ...)
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        _, params, extra = nnx.split(self._make_model(nnx.Rngs(key)), nnx.Param, ...)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
+
+    def param_shardings(self, mesh: Mesh) -> PyTree:
+        return nnx.to_pure_dict(mesh_lib.param_shardings(self._params, mesh))
+
+    def model(self, params: PyTree, extra: PyTree) -> VQVAE:
+        """The model of a state, in evaluation mode."""
+        model = nnx.merge(self._graphdef, params, extra)
+        model.eval()
+        return model
+
+    def loss(
+        self,
+        params: PyTree,
+        extra: PyTree,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
+        model = nnx.merge(self._graphdef, params, extra)
+        model.train()
+        start, end = self._quantize_between
+        share = jnp.clip((step - start) / max(end - start, 1), 0.0, 1.0)
+        out = model.losses(to_float(batch["video"]), key, share)
+        _, _, extra = nnx.split(model, nnx.Param, ...)
+        return self._total(out), (nnx.to_pure_dict(extra), self._metrics(out))
+
+    def eval_step(
+        self, params: PyTree, extra: PyTree, batch: dict[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """(scalars, {"recon": uint8 videos, "codes": ...}) with the statistics as they stand."""
+        out = self.model(params, extra).losses(to_float(batch["video"]))
+        scalars = {"loss": self._total(out), **self._metrics(out)}
+        return scalars, {"recon": to_uint8(out["recon"]), "codes": out["codes"]}
+
+    def _total(self, out: dict[str, jax.Array]) -> jax.Array:
+        return out["recon_loss"] + out["commitment_loss"]
+
+    def _metrics(self, out: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        perplexity_, n_used = perplexity(out["codes"], self.n_codes)
+        return {
+            "recon_loss": out["recon_loss"],
+            "commitment_loss": out["commitment_loss"],
+            "perplexity": perplexity_,
+            "codes_used": n_used,
+        }

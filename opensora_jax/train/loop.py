@@ -1,0 +1,189 @@
+"""The one training loop, for every task.
+
+Its order: restore, then for each step draw a batch, update, log, evaluate, save. A checkpoint is
+taken after a step with the data iterator's state right then, so a resumed run sees the next batch.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from opensora_jax import mesh as mesh_lib
+from opensora_jax import rngs
+from opensora_jax.train import checkpoint, writer
+from opensora_jax.train import state as state_lib
+from opensora_jax.train.state import Task, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """`run(state)` every `every` steps and after the last; it returns scalars to log."""
+
+    every: int
+    run: Callable[[TrainState], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How long to train and how often to look; units are optimizer steps."""
+
+    steps: int
+    seed: int
+    ema_decay: float
+    accumulate: int  # microbatches a step
+    log_every: int
+    checkpoint_every: int
+    tokens_per_step: int  # for tokens/s
+
+
+def train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    settings: Settings,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+) -> tuple[TrainState, Metrics]:
+    """One update with the mean gradient over the microbatches of `batch`."""
+    key = rngs.key(settings.seed, "train", state.step)
+
+    def gradient(extra, batch, index):
+        grad = jax.value_and_grad(task.loss, has_aux=True)
+        (loss, (extra, metrics)), grads = grad(
+            state.params, extra, batch, jax.random.fold_in(key, index), state.step
+        )
+        return extra, (grads, {"loss": loss, **metrics})
+
+    n = settings.accumulate
+    if n == 1:
+        extra, (grads, metrics) = gradient(state.extra, batch, 0)
+    else:
+        # Strided, so that every microbatch is spread over all devices.
+        split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
+
+        def add(carry, xs):
+            extra, total = carry
+            extra, new = gradient(extra, *xs)
+            return (extra, jax.tree.map(jnp.add, total, new)), None
+
+        shapes = jax.eval_shape(
+            lambda: gradient(state.extra, jax.tree.map(lambda x: x[0], split), 0)
+        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
+        (extra, total), _ = jax.lax.scan(add, (state.extra, zeros), (split, jnp.arange(n)))
+        grads, metrics = jax.tree.map(lambda x: x / n, total)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # A young average follows closely, or early weights would linger in it.
+    decay = jnp.minimum(settings.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+    metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+    new_state = TrainState(
+        step=state.step + 1, params=params, ema=ema, opt_state=opt_state, extra=extra
+    )
+    return new_state, metrics
+
+
+def fit(
+    task: Task,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    batches: Iterator[dict[str, np.ndarray]],
+    *,
+    mesh: Mesh,
+    folder: epath.PathLike,
+    settings: Settings,
+    evaluations: Sequence[Evaluation] = (),
+) -> TrainState:
+    """Trains to `settings.steps`, going on from the last checkpoint in `folder` if there is one.
+
+    Args:
+      batches: a Grain iterator (`get_state`, `set_state`) of this process's share of each batch.
+
+    Returns:
+      The final state, which is also the last checkpoint.
+
+    Raises:
+      FloatingPointError: at a log step whose loss or gradient norm is not finite.
+    """
+    folder = epath.Path(folder)
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+    state, shardings = state_lib.create(task, tx, mesh, rngs.key(settings.seed, "init"))
+    if checkpoints.latest_step is not None:
+        state, data_state = checkpoints.restore(state)
+        batches.set_state(data_state)
+        logging.info("%s: going on from step %d", folder.name, int(state.step))
+    update = jax.jit(
+        functools.partial(train_step, task, tx, schedule, settings),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+    first = int(state.step)
+    metrics_writer = writer.MetricsWriter(folder, first)
+    progress = tqdm(total=settings.steps, initial=first, desc=folder.name, unit="step")
+    pending: list[Metrics] = []
+    waited, since = 0.0, time.perf_counter()
+
+    for step in range(first + 1, settings.steps + 1):
+        start = time.perf_counter()
+        batch = mesh_lib.shard_batch(next(batches), mesh)
+        waited += time.perf_counter() - start
+        with jax.transfer_guard("disallow"):
+            state, metrics = update(state, batch)
+        pending.append(metrics)
+        is_last = step == settings.steps
+
+        if step % settings.log_every == 0 or is_last:
+            values = _mean(pending)
+            elapsed = time.perf_counter() - since
+            values["tokens_per_second"] = settings.tokens_per_step * len(pending) / elapsed
+            values["data_wait_share"] = waited / elapsed
+            metrics_writer.write(step, values)
+            progress.set_postfix(loss=f"{values['loss']:.4f}")
+            progress.update(step - progress.n)
+            _check_finite(step, values, checkpoints.latest_step)
+            pending, waited, since = [], 0.0, time.perf_counter()
+
+        for evaluation in evaluations:
+            if step % evaluation.every == 0 or is_last:
+                start = time.perf_counter()
+                metrics_writer.write(step, evaluation.run(state))
+                since += time.perf_counter() - start
+
+        if step % settings.checkpoint_every == 0 or is_last:
+            checkpoints.save(step, state, batches.get_state())
+
+    progress.close()
+    metrics_writer.close()
+    checkpoints.close()
+    return state
+
+
+def _mean(pending: Sequence[Metrics]) -> dict[str, float]:
+    """Means over the steps since the last log; the one place where the loop waits for the device."""
+    values = jax.device_get(pending)
+    means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+    return {**means, "learning_rate": float(values[-1]["learning_rate"])}
+
+
+def _check_finite(step: int, values: dict[str, Any], last_checkpoint: int | None) -> None:
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(values[name]):
+            raise FloatingPointError(
+                f"{name}={values[name]} at step {step}: expected a finite number. The last "
+                f"checkpoint is of step {last_checkpoint}; try a lower learning rate."
+            )

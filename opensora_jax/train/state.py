@@ -1,0 +1,87 @@
+"""The train state: everything that resumes, in one pytree."""
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+
+from opensora_jax import mesh as mesh_lib
+
+PyTree = Any
+
+
+class Task(Protocol):
+    """One kind of training. All methods are pure; `params` and `extra` are nested dicts."""
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """Parameters and the rest of the model's state (statistics, averages)."""
+
+    def param_shardings(self, mesh: Mesh) -> PyTree:
+        """A sharding for each parameter."""
+
+    def loss(
+        self,
+        params: PyTree,
+        extra: PyTree,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
+        """Scalar loss, and (new extra, scalars to log)."""
+
+
+@struct.dataclass
+class TrainState:
+    step: jax.Array  # int32, steps taken
+    params: PyTree  # float32
+    ema: PyTree  # exponential moving average of params
+    opt_state: PyTree
+    extra: PyTree  # batch statistics, codebook averages
+
+
+def create(
+    task: Task, tx: optax.GradientTransformation, mesh: Mesh, key: jax.Array
+) -> tuple[TrainState, TrainState]:
+    """A new state, made where it is to live, and its shardings.
+
+    EMA and optimizer moments are sharded as their parameter is; the rest is replicated.
+    """
+
+    def init(key):
+        params, extra = task.init(key)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            ema=jax.tree.map(jnp.copy, params),
+            opt_state=tx.init(params),
+            extra=extra,
+        )
+
+    shardings = state_shardings(task, tx, mesh, jax.eval_shape(init, key))
+    return jax.jit(init, out_shardings=shardings)(key), shardings
+
+
+def state_shardings(
+    task: Task, tx: optax.GradientTransformation, mesh: Mesh, shapes: TrainState
+) -> TrainState:
+    """Shardings of a state of these (abstract) shapes."""
+    whole = mesh_lib.replicated(mesh)
+    params = task.param_shardings(mesh)
+    opt_state = optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        params,
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda x: isinstance(x, NamedSharding),
+    )
+    return TrainState(
+        step=whole,
+        params=params,
+        ema=params,
+        opt_state=opt_state,
+        extra=jax.tree.map(lambda _: whole, shapes.extra),
+    )

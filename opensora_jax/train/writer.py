@@ -1,0 +1,50 @@
+"""Where a training writes what it measures: metrics.jsonl and TensorBoard."""
+
+import json
+from collections.abc import Mapping
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+    """Appends one JSON object a log step to `folder`/metrics.jsonl, and the same to TensorBoard.
+
+    On resuming at `step`, lines of later steps, which the interrupted run wrote after its last
+    checkpoint, are dropped: they will be written again. Only process 0 writes.
+    """
+
+    def __init__(self, folder: epath.PathLike, step: int):
+        self._is_writer = jax.process_index() == 0
+        if not self._is_writer:
+            return
+        folder = epath.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "metrics.jsonl"
+        lines = [m for m in read_metrics(self._path) if m["step"] <= step]
+        temporary = self._path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.replace(self._path)
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._is_writer:
+            return
+        with self._path.open("a") as f:
+            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._is_writer:
+            self._tensorboard.close()
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:
+    """The objects of a metrics.jsonl, in order; a last line cut off by a kill is left out."""
+    path = epath.Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
