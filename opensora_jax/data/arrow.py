@@ -39,7 +39,8 @@ class Column:
 
 def to_nested_list(arrays: list[np.ndarray], dtype: np.dtype) -> pa.ListArray:
     """Arrays of one rank, of any shapes (at least one array) -> a column of nested lists."""
-    values = pa.array(np.concatenate([np.ravel(a) for a in arrays]).astype(dtype, copy=False))
+    flat = np.concatenate([np.ravel(a) for a in arrays], dtype=dtype, casting="unsafe")
+    values = pa.array(flat)
     for axis in reversed(range(arrays[0].ndim)):
         lengths = [np.full(np.prod(a.shape[:axis], dtype=int), a.shape[axis]) for a in arrays]
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])

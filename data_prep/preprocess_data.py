@@ -1,0 +1,82 @@
+"""Videos and captions -> the Arrow dataset that a DiT is trained on.
+
+    python data_prep/preprocess_data.py -c captions.json -v videos -o dataset --vqvae runs/vqvae
+
+The captions file is a JSON list (or one object per line) of
+    {"file": "video0.mp4", "captions": ["a cat sleeps", "a sleeping cat"]}
+Each caption becomes a row. Run the same command again to go on after an interruption.
+"""
+
+import argparse
+import sys
+
+from opensora_jax.data.captions import CaptionsError
+from opensora_jax.data.dataset import DatasetError
+from opensora_jax.stages import preprocess
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("-c", "--captions", required=True, help="captions file, .json or .jsonl")
+    add("-v", "--videos", required=True, help="folder that the file names are relative to")
+    add("-o", "--output", required=True, help="folder for the dataset")
+    add(
+        "--vqvae",
+        required=True,
+        help="VQ-VAE: the folder of the stage vqvae, an imported one, or a VideoGPT .ckpt",
+    )
+    add(
+        "--text_model",
+        default="openai/clip-vit-base-patch32",
+        help="CLIP: a name on the Hugging Face hub or a folder (default: %(default)s)",
+    )
+    add(
+        "--resolution",
+        type=int,
+        nargs="+",
+        default=[128],
+        metavar="PIXELS",
+        help="height and width, or one number for both: videos are resized to cover this, then "
+        "cropped to it (default: 128)",
+    )
+    add("--fps", type=float, help="resample to this frame rate (default: each video's own)")
+    add(
+        "--max_frames",
+        type=int,
+        default=600,
+        help="leave out videos with more frames than this (default: %(default)s)",
+    )
+    add(
+        "--n_frames",
+        type=int,
+        help="cut every video to this many frames and leave out shorter ones (default: keep all)",
+    )
+    add(
+        "--window",
+        type=int,
+        help="frames that are encoded together (default: the length the VQ-VAE was trained on)",
+    )
+    add("--batch_size", type=int, default=8, help="windows at a time (default: %(default)s)")
+    add(
+        "--videos_per_part",
+        type=int,
+        default=64,
+        help="videos between points to go on from after an interruption (default: %(default)s)",
+    )
+    arguments = vars(parser.parse_args())
+    if len(arguments["resolution"]) > 2:
+        parser.error(f"--resolution {arguments['resolution']}: expected one or two numbers")
+    # One number stands for both sides.
+    arguments["resolution"] = (arguments["resolution"] * 2)[:2]
+    paths = [arguments.pop(name) for name in ("captions", "videos", "output")]
+    try:
+        preprocess.preprocess(*paths, **arguments)
+    except (CaptionsError, DatasetError, preprocess.PreprocessError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""Stage and command: videos and captions -> the Arrow dataset of codes and text features.
+
+Videos go through the VQ-VAE in windows of the length that it was trained on. Legend: T frames of a
+window, t frames of its codes, H, W pixels, h, w codes.
+"""
+
+import hashlib
+import os
+import shlex
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from opensora_jax import encoders
+from opensora_jax.data import dataset, video_io
+from opensora_jax.data.captions import read_captions
+from opensora_jax.tasks.vqvae import to_float
+
+_MOST_NAMES = 50  # of left-out videos on the screen; metadata.json names all
+
+
+class PreprocessError(ValueError):
+    """The arguments do not fit each other, or what is already in the output folder."""
+
+
+class _TooShort(video_io.VideoError):
+    pass
+
+
+def run(config, workdir: str | os.PathLike) -> None:
+    """The stage `preprocess`: makes `workdir/dataset` by `config.data` and `config.preprocess`.
+
+    Without captions or videos in the config it takes the moving shapes of the stage `shapes`,
+    without a VQ-VAE the one of the stage `vqvae`, without a text model a small random one.
+    """
+    workdir = Path(workdir)
+    data, options = config.data, config.preprocess
+    captions = data.captions or workdir / "shapes" / "train" / "captions.json"
+    text_model = data.text_model
+    if not text_model:
+        text_model = workdir / "text_model"
+        print(
+            f"preprocess: no text model in the config: {text_model} is a small, randomly "
+            "initialised one that knows the words of the captions; nothing is downloaded"
+        )
+        words = [caption for entry in read_captions(captions) for caption in entry["captions"]]
+        encoders.make_small_text_model(text_model, words)
+    preprocess(
+        captions,
+        data.videos or workdir / "shapes" / "train" / "videos",
+        workdir / "dataset",
+        vqvae=data.vqvae or workdir / "vqvae",
+        text_model=text_model,
+        resolution=options.resolution,
+        fps=options.fps or None,
+        max_frames=options.max_frames,
+        n_frames=options.n_frames or None,
+        window=options.window or None,
+        batch_size=options.batch_size,
+        videos_per_part=options.videos_per_part,
+    )
+
+
+def preprocess(
+    captions: str | os.PathLike,
+    videos: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    vqvae: str | os.PathLike,
+    text_model: str | os.PathLike,
+    resolution: int | tuple[int, int] = 128,
+    fps: float | None = None,
+    max_frames: int = 600,
+    n_frames: int | None = None,
+    window: int | None = None,
+    batch_size: int = 8,
+    videos_per_part: int = 64,
+) -> None:
+    """Writes the dataset: one row per caption of every video that is kept.
+
+    Interrupted, it goes on after the last whole part when called again; finished, it says so. A
+    video that cannot be used is left out, and named with its reason in metadata.json.
+
+    Args:
+      captions: the captions file; `videos`: the folder that its file names are relative to.
+      vqvae: what `encoders.load_vqvae` reads; `text_model`: what `encoders.TextEncoder` reads.
+      resolution: height and width in pixels that videos are resized and cropped to.
+      fps: frames per second that videos are resampled to; None keeps each video's own rate.
+      max_frames: a video with more frames than this (before resampling) is filtered.
+      n_frames: cut every video to this many frames, and filter shorter ones. None keeps all frames
+        but for a rest that is no multiple of the VQ-VAE's downsampling in time.
+      window: frames that are encoded together; None takes the length the VQ-VAE was trained on. A
+        last, partial window is padded with its last frame, and the codes of the padding dropped.
+      batch_size: windows encoded at a time, rounded up to a multiple of the number of devices.
+      videos_per_part: videos between two points that an interrupted run can go on from.
+
+    Raises:
+      CaptionsError, PreprocessError: bad arguments, or an output folder made with others; before
+        any video is read.
+      PreprocessError: in the end, not one video could be kept.
+    """
+    entries = read_captions(captions)
+    videos, output = Path(videos), Path(output)
+    if not any((videos / entry["file"]).is_file() for entry in entries):
+        first = videos / entries[0]["file"]
+        raise PreprocessError(
+            f"videos={videos}: none of the captions' videos is there, not {first}"
+        )
+    model = encoders.load_vqvae(vqvae)
+    window = window or model.n_frames
+    settings = {
+        "captions_sha256": _sha256(captions),
+        "vqvae_fingerprint": fingerprint(model),
+        "text_model": _text_model_identity(text_model),
+        "resolution": [resolution] * 2 if isinstance(resolution, int) else list(resolution),
+        "fps": fps,
+        "max_frames": max_frames,
+        "n_frames": n_frames,
+        "window": min(window, n_frames) if n_frames else window,
+        "videos_per_part": videos_per_part,
+    }
+    _check_settings(settings, model.downsample, batch_size)
+    if _is_done(output, settings):
+        print(f"preprocess: {output}: done already")
+        return
+    metadata = {
+        "complete": False,
+        "command": _command(captions, videos, output, vqvae, text_model, settings),
+        "vqvae": str(Path(vqvae).absolute()),
+        "vqvae_fingerprint": settings["vqvae_fingerprint"],
+        "text_model": _location(text_model),
+        "resolution": settings["resolution"],
+        "downsample": list(model.downsample),
+        "window": settings["window"],
+        "settings": settings,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    dataset.write_metadata(output, metadata)
+    records = _write_parts(entries, videos, output, model, text_model, settings, batch_size)
+    _finish(output, metadata, records, np.asarray(model.codebook))
+
+
+def fingerprint(model: nnx.Module) -> str:
+    """A hash of all parameters: the same for equal models, wherever they lie."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_parts(entries, videos, output, model, text_model, settings, batch_size):
+    """Writes the parts that are still missing; returns the records of all."""
+    records = dataset.read_records(output)
+    videos_per_part = settings["videos_per_part"]
+    todo = entries[len(records) * videos_per_part :]
+    encode = _WindowEncoder(model, settings["window"], batch_size)
+    features = _CaptionFeatures(encoders.TextEncoder(text_model).encode, todo)
+    n_codes = len(model.codebook)
+    n_threads = min(16, os.cpu_count() or 1)
+
+    def read(file):
+        return _read_clip(videos, file, settings, model.downsample[0])
+
+    with (
+        ThreadPoolExecutor(n_threads) as pool,
+        tqdm(total=len(entries), initial=len(entries) - len(todo), unit="video") as bar,
+    ):
+        decoded = _decode_ahead(pool, read, todo, n_threads + 1)
+        for start in range(0, len(todo), videos_per_part):
+            part = todo[start : start + videos_per_part]
+            record, kept = {"kept": 0, "filtered": [], "failed": []}, []
+            codes = encode(_usable(islice(decoded, len(part)), record, kept, bar))
+            rows = [
+                {
+                    "video_file": entry["file"],
+                    dataset.CODES: codes_thw,
+                    "caption": caption,
+                    "fps": fps,
+                }
+                for (entry, fps), codes_thw in zip(kept, codes, strict=True)
+                for caption in entry["captions"]
+            ]
+            texts = features.compute([row["caption"] for row in rows])
+            for row, text in zip(rows, texts, strict=True):
+                row[dataset.TEXT] = text
+            features.forget([caption for entry in part for caption in entry["captions"]])
+            record["kept"] = len(kept)
+            dataset.write_part(output, len(records), rows, n_codes, record)
+            records.append(record)
+    return records
+
+
+def _decode_ahead(
+    pool: ThreadPoolExecutor, read: Callable, entries: list[dict], ahead: int
+) -> Iterator[tuple[dict, Future]]:
+    """Yields the entries in order, each with its decoding, of which `ahead` are under way."""
+    under_way = deque()
+    for entry in entries:
+        under_way.append((entry, pool.submit(read, entry["file"])))
+        if len(under_way) > ahead:
+            yield under_way.popleft()
+    while under_way:
+        yield under_way.popleft()
+
+
+def _usable(decoded, record, kept, bar) -> Iterator[np.ndarray]:
+    """Yields the frames of videos that can be used, noting which in `kept` and `record`."""
+    for entry, decoding in decoded:
+        try:
+            frames_THWC, fps = decoding.result()
+        except video_io.VideoError as error:
+            kind = "filtered" if isinstance(error, video_io.TooLong | _TooShort) else "failed"
+            reason = str(error).split(f"{entry['file']}: ", 1)[-1]
+            record[kind].append({"file": entry["file"], "reason": reason})
+        else:
+            kept.append((entry, fps))
+            yield frames_THWC
+        bar.update()
+
+
+def _read_clip(folder: Path, file: str, settings: dict, t_downsample: int):
+    """uint8 (T, H, W, 3), T a multiple of the temporal downsampling, and its frames per second."""
+    path = folder / file
+    fps = settings["fps"] or video_io.probe(path).fps
+    frames_THWC = video_io.read_video(
+        path,
+        resolution=tuple(settings["resolution"]),
+        fps=settings["fps"],
+        n_frames=settings["n_frames"],
+        max_frames=settings["max_frames"],
+    )
+    needed = settings["n_frames"] or t_downsample
+    if len(frames_THWC) < needed:
+        raise _TooShort(f"{path}: {len(frames_THWC)} frames, expected at least {needed}")
+    return frames_THWC[: len(frames_THWC) // t_downsample * t_downsample], fps
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(graph, state, video_BTHWC):
+    return nnx.merge(graph, state).encode(to_float(video_BTHWC))
+
+
+class _WindowEncoder:
+    """Codes of videos of any length with one compilation: windows and batches are padded."""
+
+    def __init__(self, model: nnx.Module, window: int, batch_size: int):
+        devices = jax.local_devices()
+        mesh = Mesh(devices, ("data",))
+        self._window = window
+        self._batch_size = -(-batch_size // len(devices)) * len(devices)
+        self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
+        self._graph, state = nnx.split(model)
+        self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self, videos: Iterable[np.ndarray]) -> list[np.ndarray]:
+        """uint8 (T, H, W, 3), T a multiple of the temporal downsampling -> codes (t, h, w) each."""
+        codes, windows, owners = [], [], []
+        for i, video_THWC in enumerate(videos):
+            codes.append([])
+            for start in range(0, len(video_THWC), self._window):
+                windows.append(video_THWC[start : start + self._window])
+                owners.append(i)
+                if len(windows) == self._batch_size:
+                    self._encode_batch(windows, owners, codes)
+        if windows:
+            self._encode_batch(windows, owners, codes)
+        return [np.concatenate(pieces) for pieces in codes]
+
+    def _encode_batch(self, windows, owners, codes):
+        batch_BTHWC = np.zeros((self._batch_size, self._window, *windows[0].shape[1:]), np.uint8)
+        for row, window_THWC in zip(batch_BTHWC, windows, strict=False):
+            row[: len(window_THWC)] = window_THWC
+            row[len(window_THWC) :] = window_THWC[-1]
+        batch_BTHWC = jax.device_put(batch_BTHWC, self._batch_sharding)
+        codes_Bthw = np.asarray(_encode(self._graph, self._state, batch_BTHWC))
+        for i, window_THWC, codes_thw in zip(owners, windows, codes_Bthw, strict=False):
+            codes[i].append(codes_thw[: len(window_THWC) * len(codes_thw) // self._window])
+        windows.clear()
+        owners.clear()
+
+
+class _CaptionFeatures:
+    """Text features, computed once per distinct caption and kept until its last use."""
+
+    def __init__(self, encode: Callable[[list[str]], list[np.ndarray]], entries: list[dict]):
+        self._encode = encode
+        self._uses_left = Counter(caption for entry in entries for caption in entry["captions"])
+        self._features = {}
+
+    def compute(self, captions: list[str]) -> list[np.ndarray]:
+        new = list(dict.fromkeys(c for c in captions if c not in self._features))
+        self._features.update(zip(new, self._encode(new), strict=True))
+        return [self._features[c] for c in captions]
+
+    def forget(self, captions: list[str]) -> None:
+        """Says that these uses are over."""
+        self._uses_left.subtract(captions)
+        for caption in captions:
+            if not self._uses_left[caption]:
+                self._features.pop(caption, None)
+
+
+# -------------------------------------------------------------------- settings and the summary
+
+
+def _check_settings(settings, downsample, batch_size):
+    t, h, w = downsample
+    height, width = settings["resolution"]
+    if height < 1 or width < 1 or height % h or width % w:
+        raise PreprocessError(
+            f"resolution={height}x{width}: expected multiples of the VQ-VAE's downsampling {h}x{w}"
+        )
+    for key in ("n_frames", "window"):
+        value = settings[key]
+        if value is not None and (value < 1 or value % t):
+            raise PreprocessError(
+                f"{key}={value}: expected a multiple of the VQ-VAE's downsampling in time, {t}"
+            )
+    if settings["fps"] is not None and not settings["fps"] > 0:
+        raise PreprocessError(f"fps={settings['fps']}: expected more than 0")
+    for key in ("max_frames", "videos_per_part"):
+        if settings[key] < 1:
+            raise PreprocessError(f"{key}={settings[key]}: expected at least 1")
+    if batch_size < 1:
+        raise PreprocessError(f"batch_size={batch_size}: expected at least 1")
+
+
+def _is_done(output, settings):
+    """Whether `output` is finished; refuses it when it was made with other settings."""
+    path = output / "metadata.json"
+    if not path.exists():
+        return False
+    metadata = dataset.read_metadata(output)
+    found = metadata.get("settings", {})
+    for key, value in settings.items():
+        if found.get(key) != value:
+            raise PreprocessError(
+                f"{path}: made with {key}={found.get(key)!r}, but {key}={value!r} is asked for: "
+                "remove the folder or choose another one"
+            )
+    return metadata["complete"]
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _text_model_identity(text_model):
+    """A name on the hub stands for itself; a folder, which may be moved, for what is in it."""
+    folder = Path(text_model)
+    if not folder.is_dir():
+        return str(text_model)
+    files = (path for path in sorted(folder.iterdir()) if path.is_file())
+    contents = " ".join(f"{path.name} {_sha256(path)}" for path in files)
+    return hashlib.sha256(contents.encode()).hexdigest()[:16]
+
+
+def _location(name_or_folder):
+    folder = Path(name_or_folder)
+    return str(folder.absolute() if folder.is_dir() else name_or_folder)
+
+
+def _command(captions, videos, output, vqvae, text_model, settings):
+    """The command line that goes on with this dataset."""
+    words = ["python", "data_prep/preprocess_data.py", "-c", captions, "-v", videos, "-o", output]
+    words += ["--vqvae", vqvae, "--text_model", text_model, "--resolution", *settings["resolution"]]
+    for key in ("fps", "max_frames", "n_frames", "window", "videos_per_part"):
+        if settings[key] is not None:
+            words += [f"--{key}", settings[key]]
+    return shlex.join(map(str, words))
+
+
+def _finish(output, metadata, records, codebook):
+    counts = {"kept": sum(record["kept"] for record in records)}
+    for kind in ("filtered", "failed"):
+        metadata[kind] = [video for record in records for video in record[kind]]
+        counts[kind] = len(metadata[kind])
+    if counts["kept"]:
+        n_rows = dataset.finish_dataset(output, {**metadata, "counts": counts}, codebook)
+        print(f"preprocess: {output}: {n_rows} rows of {counts['kept']} videos")
+    for kind in ("filtered", "failed"):
+        print(f"preprocess: {counts[kind]} videos {kind}")
+        for video in metadata[kind][:_MOST_NAMES]:
+            print(f"  {video['file']}: {video['reason']}")
+        if counts[kind] > _MOST_NAMES:
+            print(f"  ... and {counts[kind] - _MOST_NAMES} more: see metadata.json")
+    if not counts["kept"]:
+        raise PreprocessError(f"{output}: not one video could be kept: remove it to try again")
