@@ -69,7 +69,12 @@ class TextEncoder:
         Returns:
             For each caption a float32 array (S_i, D): its S_i tokens, those of beginning and end
             included, without padding.
+
+        Raises:
+            TypeError: one string instead of a list.
         """
+        if isinstance(captions, str):
+            raise TypeError(f"captions={captions!r}: expected a list of strings")
         if not captions:
             return []
         ids = self._tokenizer(list(captions), truncation=True, max_length=self.max_length).input_ids
@@ -137,12 +142,14 @@ def make_small_text_model(
         max_length: number of positions, beginning and end included.
 
     Raises:
-        ValueError: no words in `captions`, or `folder` holds something else.
+        ValueError: no words in `captions`, a `width` that `n_heads` does not divide, or `folder`
+            holds something else.
     """
+    if width % n_heads:
+        raise ValueError(f"width={width}: not divisible by n_heads={n_heads}")
     folder = Path(folder)
-    words = sorted(
-        {word for text in captions for word in re.findall(r"\w+|[^\w\s]+", text.lower())}
-    )
+    split = re.compile(r"\w+|[^\w\s]+")  # as the tokenizer's Whitespace splits
+    words = sorted({word for text in captions for word in split.findall(text.lower())})
     if not words:
         raise ValueError("captions: no words in them, expected some to make a vocabulary of")
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS.values(), *words])}

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import huggingface_hub
 import numpy as np
@@ -41,6 +43,8 @@ def test_one_feature_per_valid_token(encoder, folder):
     assert {f.dtype for f in features} == {np.dtype(np.float32)}
     assert (encoder.width, encoder.max_length, encoder.name) == (64, 32, str(folder))
     assert encoder.encode([]) == []
+    with pytest.raises(TypeError, match="captions='a red circle'"):
+        encoder.encode("a red circle")
 
 
 def test_features_do_not_depend_on_the_company(encoder):
@@ -116,10 +120,32 @@ def test_same_arguments_same_files(folder, tmp_path):
         make_small_text_model(tmp_path / "a", CAPTIONS, seed=1)
     with pytest.raises(ValueError, match="no words"):
         make_small_text_model(tmp_path / "b", ["", " "])
+    with pytest.raises(ValueError, match="n_heads=5"):
+        make_small_text_model(tmp_path / "b", CAPTIONS, n_heads=5)
     make_small_text_model(tmp_path / "c", CAPTIONS, seed=1)
     one, other = (load_file(d / "model.safetensors") for d in (folder, tmp_path / "c"))
     name = "text_model.encoder.layers.1.mlp.fc1.weight"
     assert not np.array_equal(one[name], other[name])
+
+
+def test_a_name_on_the_hub_is_found_in_the_local_cache(folder, encoder, tmp_path, monkeypatch):
+    repository = tmp_path / "models--someone--small-text"
+    shutil.copytree(folder, repository / "snapshots" / "0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cached = TextEncoder("someone/small-text")
+    assert cached.name == "someone/small-text"
+    np.testing.assert_array_equal(cached.encode(["a circle"])[0], encoder.encode(["a circle"])[0])
+
+
+def test_no_notice_about_pytorch(folder):
+    script = f"from opensora_jax.encoders import TextEncoder; TextEncoder({str(folder)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "PyTorch" not in done.stdout + done.stderr
 
 
 def test_bad_folders_are_named(folder, tmp_path, monkeypatch):

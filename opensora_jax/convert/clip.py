@@ -8,7 +8,6 @@ import flax.serialization
 import flax.traverse_util
 import huggingface_hub
 import jax.numpy as jnp
-import msgpack
 import numpy as np
 from flax import nnx
 
@@ -177,7 +176,7 @@ def _load_flax(path: Path) -> dict[str, np.ndarray]:
     """A Flax checkpoint under PyTorch's names, and in its layout (kernels are transposed)."""
     try:
         tree = flax.serialization.msgpack_restore(path.read_bytes())
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: corrupt or truncated ({error!r})") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds {type(tree).__name__}, expected a tree of parameters")
