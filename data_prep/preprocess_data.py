@@ -12,7 +12,7 @@ import sys
 
 from opensora_jax.data.captions import CaptionsError
 from opensora_jax.data.dataset import DatasetError
-from opensora_jax.stages import preprocess
+from opensora_jax.stages.preprocess import PreprocessError, preprocess
 
 
 def main() -> None:
@@ -73,8 +73,8 @@ def main() -> None:
     arguments["resolution"] = (arguments["resolution"] * 2)[:2]
     paths = [arguments.pop(name) for name in ("captions", "videos", "output")]
     try:
-        preprocess.preprocess(*paths, **arguments)
-    except (CaptionsError, DatasetError, preprocess.PreprocessError) as error:
+        preprocess(*paths, **arguments)
+    except (CaptionsError, DatasetError, PreprocessError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -105,7 +105,7 @@ def preprocess(
 
     Raises:
       CaptionsError, PreprocessError: bad arguments, or an output folder made with others; before
-        any video is read.
+        any video is read. Likewise what loading the VQ-VAE and the text model raises.
       PreprocessError: in the end, not one video could be kept.
     """
     entries = read_captions(captions)
@@ -132,6 +132,7 @@ def preprocess(
     if _is_done(output, settings):
         print(f"preprocess: {output}: done already")
         return
+    text_encoder = encoders.TextEncoder(text_model)
     metadata = {
         "complete": False,
         "command": _command(captions, videos, output, vqvae, text_model, settings),
@@ -145,7 +146,7 @@ def preprocess(
     }
     output.mkdir(parents=True, exist_ok=True)
     dataset.write_metadata(output, metadata)
-    records = _write_parts(entries, videos, output, model, text_model, settings, batch_size)
+    records = _write_parts(entries, videos, output, model, text_encoder, settings, batch_size)
     _finish(output, metadata, records, np.asarray(model.codebook))
 
 
@@ -159,13 +160,13 @@ def fingerprint(model: nnx.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write_parts(entries, videos, output, model, text_model, settings, batch_size):
+def _write_parts(entries, videos, output, model, text_encoder, settings, batch_size):
     """Writes the parts that are still missing; returns the records of all."""
     records = dataset.read_records(output)
     videos_per_part = settings["videos_per_part"]
     todo = entries[len(records) * videos_per_part :]
     encode = _WindowEncoder(model, settings["window"], batch_size)
-    features = _CaptionFeatures(encoders.TextEncoder(text_model).encode, todo)
+    features = _CaptionFeatures(text_encoder.encode, todo)
     n_codes = len(model.codebook)
     n_threads = min(16, os.cpu_count() or 1)
 
@@ -182,18 +183,13 @@ def _write_parts(entries, videos, output, model, text_model, settings, batch_siz
             record, kept = {"kept": 0, "filtered": [], "failed": []}, []
             codes = encode(_usable(islice(decoded, len(part)), record, kept, bar))
             rows = [
-                {
-                    "video_file": entry["file"],
-                    dataset.CODES: codes_thw,
-                    "caption": caption,
-                    "fps": fps,
-                }
+                {"video_file": entry["file"], dataset.CODES: codes_thw, "caption": text, "fps": fps}
                 for (entry, fps), codes_thw in zip(kept, codes, strict=True)
-                for caption in entry["captions"]
+                for text in entry["captions"]
             ]
-            texts = features.compute([row["caption"] for row in rows])
-            for row, text in zip(rows, texts, strict=True):
-                row[dataset.TEXT] = text
+            text_features = features.compute([row["caption"] for row in rows])
+            for row, text_SD in zip(rows, text_features, strict=True):
+                row[dataset.TEXT] = text_SD
             features.forget([caption for entry in part for caption in entry["captions"]])
             record["kept"] = len(kept)
             dataset.write_part(output, len(records), rows, n_codes, record)

@@ -1,0 +1,383 @@
+"""Preprocessing of real video files with a VQ-VAE and a text encoder of random weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+from flax import nnx
+
+from opensora_jax import encoders
+from opensora_jax.data import dataset, moving_shapes, video_io
+from opensora_jax.data.captions import CaptionsError
+from opensora_jax.stages import preprocess as stage
+from opensora_jax.stages.preprocess import PreprocessError, preprocess
+
+ROOT = Path(__file__).parents[2]
+VQVAE_PATH = ROOT / "tests" / "golden" / "videogpt_stride4x4x4.ckpt"
+RESOLUTION, WINDOW = (16, 8), 8  # (height, width), frames
+OPTIONS = {
+    "vqvae": VQVAE_PATH,
+    "resolution": RESOLUTION,
+    "window": WINDOW,
+    "max_frames": 30,
+    "batch_size": 3,
+    "videos_per_part": 4,
+}
+
+# file -> (frames in it, captions)
+USABLE = {
+    "whole.mp4": (8, ["a red circle moves up", "a shared caption"]),
+    "long.mp4": (30, ["a blue square moves left"]),  # 28 frames: three windows and a half
+    "odd.gif": (11, ["a shared caption", "a green triangle", "the last one"]),  # 8 frames
+}
+
+
+def write_video(path, n_frames, seed=0, fps=8):
+    rng = np.random.default_rng(seed)
+    frames = moving_shapes.render(rng, "red", "circle", "up", max(n_frames, 2), 32)
+    video_io.write_video(path, frames[:n_frames], fps=fps)
+
+
+def write_captions(path, captions):
+    entries = [{"file": file, "captions": texts} for file, texts in captions.items()]
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def identities(paths):
+    return [(path.stat().st_ino, path.stat().st_mtime_ns) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Videos, good and bad, their captions file and a text model."""
+    folder = tmp_path_factory.mktemp("world")
+    videos = folder / "videos"
+    videos.mkdir()
+    for seed, (file, (n_frames, _)) in enumerate(USABLE.items()):
+        write_video(videos / file, n_frames, seed)
+    write_video(videos / "too_long.mp4", 31)
+    write_video(videos / "too_short.mp4", 3)
+    whole = (videos / "whole.mp4").read_bytes()
+    (videos / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    (videos / "text.mp4").write_text("no video")
+    bad = ("too_long.mp4", "truncated.mp4", "missing.mp4", "too_short.mp4", "text.mp4")
+    captions = {file: ["a shared caption"] for file in bad[:3]}
+    captions |= {file: texts for file, (_, texts) in USABLE.items()}
+    captions |= {file: ["never used", "a shared caption"] for file in bad[3:]}
+    write_captions(folder / "captions.json", captions)
+    words = [text for texts in captions.values() for text in texts]
+    encoders.make_small_text_model(folder / "text_model", words)
+    return folder
+
+
+def run_on(world, output, **options):
+    options = OPTIONS | {"text_model": world / "text_model"} | options
+    captions = options.pop("captions", world / "captions.json")
+    preprocess(captions, options.pop("videos", world / "videos"), output, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    run_on(world, world / "dataset")
+    return world / "dataset"
+
+
+jit_encode = nnx.jit(lambda model, video: model.encode(video))
+
+
+def direct_codes(model, path):
+    """The codes by the definition: window by window, the last one padded with its last frame."""
+    frames = video_io.read_video(path, resolution=RESOLUTION)
+    frames = frames[: len(frames) // 4 * 4]
+    codes = []
+    for start in range(0, len(frames), WINDOW):
+        window = frames[start : start + WINDOW]
+        padded = np.concatenate([window, *[window[-1:]] * (WINDOW - len(window))])
+        video = padded[None].astype(np.float32) / 255 - 0.5
+        codes.append(np.asarray(jit_encode(model, video))[0, : len(window) // 4])
+    return np.concatenate(codes)
+
+
+def test_each_caption_is_a_row_with_the_codes_and_features_of_direct_encoding(world, finished):
+    found = dataset.open_dataset(finished)
+    expected = [(file, text) for file, (_, texts) in USABLE.items() for text in texts]
+    rows = [(found.column(i, "video_file"), found.column(i, "caption")) for i in range(len(found))]
+    assert rows == expected
+    model = encoders.load_vqvae(VQVAE_PATH)
+    text_encoder = encoders.TextEncoder(world / "text_model")
+    for i, (file, caption) in enumerate(expected):
+        codes = found[i]["video_latent_states"]
+        assert codes.shape == (USABLE[file][0] // 4, 4, 2)
+        np.testing.assert_array_equal(codes, direct_codes(model, world / "videos" / file))
+        np.testing.assert_array_equal(
+            found[i]["text_latent_states"], text_encoder.encode([caption])[0]
+        )
+    assert len(np.unique(found[2]["video_latent_states"])) > 3  # not one code for everything
+    np.testing.assert_array_equal(found.codebook, model.codebook)
+
+
+def test_metadata_counts_and_names_what_was_left_out(finished):
+    metadata = dataset.open_dataset(finished).metadata
+    assert metadata["counts"] == {"kept": 3, "filtered": 2, "failed": 3}
+    filtered = {video["file"]: video["reason"] for video in metadata["filtered"]}
+    assert filtered == {
+        "too_long.mp4": "more than 30 frames",
+        "too_short.mp4": "3 frames, expected at least 4",
+    }
+    failed = {video["file"]: video["reason"] for video in metadata["failed"]}
+    assert list(failed) == ["truncated.mp4", "missing.mp4", "text.mp4"]
+    assert failed["missing.mp4"] == "no such file"
+    assert metadata["resolution"] == [16, 8]
+    assert metadata["downsample"] == [4, 4, 4]
+    assert metadata["fps"] == pytest.approx(8, rel=0.1)  # a .gif's times are whole hundredths
+    assert (metadata["window"], metadata["text_width"], metadata["n_rows"]) == (WINDOW, 64, 6)
+
+
+def test_a_finished_folder_is_done_already(world, finished, capsys):
+    files = sorted(finished.rglob("*"))
+    before = identities(files)
+    run_on(world, finished)
+    assert "done already" in capsys.readouterr().out
+    assert sorted(finished.rglob("*")) == files
+    assert identities(files) == before
+
+
+@pytest.mark.parametrize(
+    "key", ["captions_sha256", "vqvae_fingerprint", "text_model", "resolution", "window"]
+)
+def test_a_folder_made_with_other_settings_is_refused(world, finished, tmp_path, key):
+    metadata = dataset.read_metadata(finished)
+    now = metadata["settings"][key]
+    metadata["settings"][key] = "another"
+    dataset.write_metadata(tmp_path, metadata)
+    with pytest.raises(PreprocessError, match=f"made with {key}='another', but {key}=") as caught:
+        run_on(world, tmp_path)
+    assert f"{key}={now!r} is asked for" in str(caught.value)
+
+
+def test_fixed_length_and_frame_rate(world, tmp_path, capsys):
+    run_on(world, tmp_path, n_frames=8, fps=16.0, window=None)
+    found = dataset.open_dataset(tmp_path)
+    # At twice the rate every frame is shown twice: 3 frames give 6, too few.
+    assert found.metadata["filtered"][1]["reason"] == "6 frames, expected at least 8"
+    assert found.metadata["latent_shape"] == [2, 4, 2]
+    assert found.metadata["fps"] == 16
+    assert found.metadata["window"] == 8  # of the 16 that it was trained on
+    assert found.metadata["counts"] == {"kept": 3, "filtered": 2, "failed": 3}
+    lines = capsys.readouterr().out.splitlines()
+    assert "6 rows of 3 videos" in lines[0]
+    assert lines[-4] == "preprocess: 3 videos failed"
+    assert lines[-2] == "  missing.mp4: no such file"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": 18}, "resolution=18x18: expected multiples of .* 4x4"),
+        ({"window": 6}, "window=6: expected a multiple of .* time, 4"),
+        ({"n_frames": 6}, "n_frames=6: expected a multiple"),
+        ({"fps": -1.0}, "fps=-1.0: expected more than 0"),
+        ({"max_frames": 0}, "max_frames=0: expected at least 1"),
+        ({"videos_per_part": 0}, "videos_per_part=0: expected at least 1"),
+        ({"batch_size": 0}, "batch_size=0: expected at least 1"),
+        ({"videos": "nowhere"}, r"videos=nowhere: .*not nowhere.too_long\.mp4"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_written(world, tmp_path, options, message):
+    with pytest.raises(PreprocessError, match=message):
+        run_on(world, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_captions_are_named_before_anything_is_written(world, tmp_path):
+    captions = write_captions(tmp_path / "captions.json", {"whole.mp4": []})
+    with pytest.raises(CaptionsError, match=r"captions=\[\]"):
+        run_on(world, tmp_path / "out", captions=captions)
+
+
+def test_a_missing_text_model_is_named_before_anything_is_written(world, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run_on(world, tmp_path / "out", text_model=tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_not_one_usable_video_is_an_error(world, tmp_path, capsys):
+    captions = write_captions(tmp_path / "captions.json", {"truncated.mp4": ["a"]})
+    with pytest.raises(PreprocessError, match="not one video could be kept"):
+        run_on(world, tmp_path / "out", captions=captions)
+    assert "truncated.mp4: " in capsys.readouterr().out
+
+
+def test_the_fingerprint_tells_models_apart():
+    model, same = encoders.load_vqvae(VQVAE_PATH), encoders.load_vqvae(VQVAE_PATH)
+    assert stage.fingerprint(model) == stage.fingerprint(same)
+    kernel = same.pre_vq.kernel
+    kernel[...] = kernel[...] + 1e-6
+    assert stage.fingerprint(model) != stage.fingerprint(same)
+
+
+def test_any_lengths_take_one_compilation():
+    rng = np.random.default_rng(0)
+    videos = [rng.integers(0, 255, (n, *RESOLUTION, 3), np.uint8) for n in (4, 8, 12, 20, 44)]
+    compiled = stage._encode._cache_size()
+    encode = stage._WindowEncoder(encoders.load_vqvae(VQVAE_PATH), window=WINDOW, batch_size=3)
+    codes = [*encode(videos), *encode(videos[:1])]
+    assert [len(c) for c in codes] == [1, 2, 3, 5, 11, 1]
+    assert stage._encode._cache_size() - compiled <= 1
+
+
+def test_videos_are_decoded_ahead_in_order_but_not_without_bound():
+    started = []
+    entries = [{"file": str(i)} for i in range(20)]
+    with ThreadPoolExecutor(2) as pool:
+        decoded = stage._decode_ahead(pool, lambda file: started.append(file) or file, entries, 3)
+        for i, (entry, decoding) in enumerate(decoded):
+            assert decoding.result() == entry["file"] == str(i)
+            assert len(started) <= i + 4
+    assert len(started) == 20
+
+
+def test_a_caption_is_encoded_once_and_forgotten_after_its_last_use():
+    encoded = []
+
+    def encode(captions):
+        encoded.extend(captions)
+        return [np.full((1, 2), len(caption)) for caption in captions]
+
+    entries = [{"captions": ["a", "bb"]}, {"captions": ["bb", "bb"]}, {"captions": ["ccc"]}]
+    features = stage._CaptionFeatures(encode, entries)
+    for entry in entries:
+        found = features.compute(entry["captions"])
+        assert [int(feature[0, 0]) for feature in found] == [len(c) for c in entry["captions"]]
+        features.forget(entry["captions"])
+    assert encoded == ["a", "bb", "ccc"]
+    assert features._features == {}
+
+
+def start_command(world, captions, videos, output):
+    command = [sys.executable, ROOT / "data_prep" / "preprocess_data.py"]
+    command += ["-c", captions, "-v", videos, "-o", output, "--vqvae", VQVAE_PATH]
+    command += ["--text_model", world / "text_model", "--resolution", *RESOLUTION]
+    command += ["--window", WINDOW, "--videos_per_part", 1, "--batch_size", 3]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(world / "compiled"),
+    }
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def contents(folder):
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    metadata = json.loads(found.pop("metadata.json"))
+    del metadata["command"]  # it names the folder
+    return found, metadata
+
+
+def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(world, tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    captions = {}
+    for i in range(16):
+        file = f"video{i:02d}.mp4"
+        captions[file] = ["a shared caption", f"caption {i}"]
+        if i % 7 == 3:
+            (videos / file).write_text("no video")
+        else:
+            write_video(videos / file, 4 + i, seed=i)
+    path = write_captions(tmp_path / "captions.json", captions)
+
+    output = tmp_path / "killed"
+    process = start_command(world, path, videos, output)
+    while not (output / "part-00002.json").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not dataset.read_metadata(output)["complete"]
+    with pytest.raises(dataset.DatasetError, match=r"To finish it, run: python .* --window 8"):
+        dataset.open_dataset(output)
+    kept = sorted(output.glob("part-0000[01]/*"))
+    made = identities(kept)
+    assert len(kept) == 6
+
+    process = start_command(world, path, videos, output)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    assert printed.rstrip().endswith("video10.mp4: " + failure(videos / "video10.mp4"))
+    assert identities(kept) == made  # not made again
+
+    options = OPTIONS | {"videos_per_part": 1, "max_frames": 600}
+    run_on(world, tmp_path / "straight", captions=path, videos=videos, **options)
+    assert contents(output) == contents(tmp_path / "straight")
+    assert len(dataset.open_dataset(output)) == 2 * 14
+
+
+def failure(path):
+    with pytest.raises(video_io.VideoError) as caught:
+        video_io.read_video(path)
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+def test_the_command_names_what_is_wrong_without_a_traceback(world, tmp_path):
+    process = start_command(world, tmp_path / "nowhere.json", tmp_path, tmp_path / "out")
+    printed, _ = process.communicate()
+    assert process.returncode == 1
+    assert printed.splitlines()[-1].startswith(f"error: {tmp_path / 'nowhere.json'}: no such file")
+    assert "Traceback" not in printed
+
+
+def test_the_stage_takes_the_moving_shapes_and_a_small_text_model(tmp_path, capsys):
+    moving_shapes.write_dataset(
+        tmp_path / "shapes" / "train",
+        n_videos=3,
+        combinations=moving_shapes.SEEN,
+        seed=0,
+        n_frames=8,
+        resolution=16,
+        fps=8,
+        n_captions=2,
+    )
+    config = ml_collections.ConfigDict(
+        {
+            "data": {"captions": "", "videos": "", "vqvae": str(VQVAE_PATH), "text_model": ""},
+            "preprocess": {
+                "resolution": RESOLUTION,
+                "fps": 0,
+                "max_frames": 600,
+                "n_frames": 8,
+                "window": 0,
+                "batch_size": 3,
+                "videos_per_part": 2,
+            },
+        }
+    )
+    stage.run(config, tmp_path)
+    assert "small, randomly initialised" in capsys.readouterr().out
+    found = dataset.open_dataset(tmp_path / "dataset")
+    assert len(found) == 6
+    assert found.metadata["latent_shape"] == [2, 4, 2]
+    assert found.metadata["text_model"] == str(tmp_path / "text_model")
+    stage.run(config, tmp_path)
+    assert "done already" in capsys.readouterr().out
+    # Another folder does not make it another dataset.
+    moved = tmp_path.with_name(f"{tmp_path.name}_moved")
+    tmp_path.rename(moved)
+    stage.run(config, moved)
+    assert "done already" in capsys.readouterr().out
