@@ -186,12 +186,15 @@ def _opened(path):
     if not path.is_file():  # checked first: libav also opens addresses, devices and pipes
         raise VideoError(f"{path}: no such file")
     try:
-        with av.open(str(path)) as container:
+        # Titles and tags in unknown encodings are nothing to fail for.
+        with av.open(str(path), metadata_errors="replace") as container:
             stream = _video_stream(path, container)
             stream.codec_context.thread_count = 1  # callers run many files at once
             yield container, stream
     except av.FFmpegError as error:
         raise VideoError(f"{path}: cannot be read as a video: {error.strerror}") from error
+    except IndexError as error:  # PyAV, where a damaged file starts a new stream half-way
+        raise VideoError(f"{path}: damaged: the number of streams changes") from error
 
 
 def _video_stream(path, container):
@@ -204,6 +207,8 @@ def _video_stream(path, container):
             break
     else:
         raise VideoError(f"{path}: has no video stream")
+    if stream.codec_context is None:
+        raise VideoError(f"{path}: damaged, or made with a codec that is not known")
     file_size = path.stat().st_size
     if any(entry.pos + entry.size > file_size for entry in stream.index_entries):
         raise VideoError(f"{path}: truncated: its index points past the end of the file")

@@ -264,6 +264,30 @@ def test_damage_is_found_and_only_where_it_is_read(tmp_path):
     assert len(read_video(path, n_frames=2)) == 2
 
 
+def test_random_damage_is_read_or_named(tmp_path):
+    """Whatever bytes are wrong: frames or a VideoError, never another error."""
+    rng = np.random.default_rng(0)
+    write_video(tmp_path / "whole.mp4", gradient_video(), fps=8)
+    write_video(tmp_path / "whole.gif", gradient_video(), fps=8)
+    write_lossless(tmp_path / "whole.mkv", gradient_video())
+    reasons = []
+    for i in range(600):
+        suffix = (".mp4", ".gif", ".mkv")[i % 3]
+        data = bytearray((tmp_path / f"whole{suffix}").read_bytes())
+        ends = np.r_[: min(1000, len(data)), max(0, len(data) - 1000) : len(data)]  # the headers
+        for position in rng.choice(ends, rng.integers(1, 10)):
+            data[position] = rng.integers(256)
+        path = tmp_path / f"damaged{suffix}"
+        path.write_bytes(data)
+        try:
+            probe(path)
+            assert read_video(path, resolution=32, fps=4, max_frames=20).shape[1:] == (32, 32, 3)
+        except VideoError as error:
+            reasons.append(str(error))
+    assert 100 < len(reasons) < 600
+    assert all(str(tmp_path / "damaged") in reason for reason in reasons)
+
+
 def test_not_a_video(tmp_path):
     (tmp_path / "text.mp4").write_text("a caption, not a video\n" * 100)
     (tmp_path / "text.txt").write_text("libav would play this as terminal art\n" * 100)
