@@ -15,12 +15,56 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from opensora_jax.convert import clip
+from opensora_jax.convert import clip, videogpt
+from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.tasks.vqvae import VQVAETask
+from opensora_jax.train import checkpoint
 
 BATCH_SIZE = 32
 # A caption is padded to the first of these that holds it, or to the model's own length: most
 # captions are short, and the time of the encoder is proportional to the padded length.
 PADDED_LENGTHS = (16, 32)
+
+
+def load_vqvae(path: str | Path) -> VQVAE:
+    """The VQ-VAE of a training or imported folder, or of a VideoGPT checkpoint file.
+
+    Returns:
+      The model in evaluation mode, with averaged weights.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: a file that is no such checkpoint.
+    """
+    path = Path(path)
+    if path.is_file():
+        return videogpt.load_videogpt(path)
+    arguments = checkpoint.read_description(path)
+    task = VQVAETask(lambda rngs: VQVAE(**arguments, rngs=rngs))
+    params, extra = jax.eval_shape(task.init, jax.random.key(0))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        {"ema": params, "extra": extra},
+    )
+    checkpoints = checkpoint.Checkpoints(path)
+    restored = checkpoints.restore_items(like)
+    checkpoints.close()
+    return task.model(restored["ema"], restored["extra"])
+
+
+def save_vqvae(folder: str | Path, model: VQVAE) -> None:
+    """Writes `model` so that `load_vqvae` reads it from `folder`.
+
+    Raises:
+      ValueError: if the folder holds another model.
+    """
+    checkpoint.claim(folder, model.arguments)
+    _, params, extra = nnx.split(model, nnx.Param, ...)
+    params, extra = nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save_items(0, {"ema": params, "extra": extra})
+    checkpoints.close()
 
 
 class TextEncoder:

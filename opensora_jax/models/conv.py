@@ -31,11 +31,25 @@ def _conv_xla(x, kernel):
 
 
 def _conv_matmul(x, kernel):
+    c, f = kernel.shape[3:]
+    if f > c:  # adding up wide outputs would cost more than the matmuls
+        return _conv_xla(x, kernel)
+    x, kernel = _fold_width(x, kernel)
     *taps, c, f = kernel.shape
     shape = [n - k + 1 for n, k in zip(x.shape[1:4], taps, strict=True)]
     terms = zip(_windows(x, taps, shape), kernel.reshape(-1, c, f), strict=True)
     y = sum(window.reshape(-1, c) @ w for window, w in terms)
     return y.reshape(x.shape[0], *shape, f)
+
+
+def _fold_width(x, kernel):
+    """Moves the taps along W into channels: a third of the matmuls to compile, each wider."""
+    kt, kh, kw, c, f = kernel.shape
+    if kw < 3:
+        return x, kernel
+    n = x.shape[3] - kw + 1
+    x = jnp.concatenate([jax.lax.slice_in_dim(x, i, i + n, axis=3) for i in range(kw)], axis=4)
+    return x, kernel.reshape(kt, kh, 1, kw * c, f)
 
 
 def _windows(x, taps, shape) -> Iterator[jax.Array]:
@@ -66,7 +80,8 @@ def _kernel_gradient_xla(x, kernel, dy):
 
 
 def _kernel_gradient_matmul(x, kernel, dy):
-    *taps, c, f = kernel.shape
+    x, folded = _fold_width(x, kernel)
+    *taps, c, f = folded.shape
     flat = dy.reshape(-1, f)
     windows = _windows(x, taps, dy.shape[1:4])
     return jnp.stack([window.reshape(-1, c).T @ flat for window in windows]).reshape(kernel.shape)

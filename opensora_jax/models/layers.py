@@ -15,6 +15,8 @@ from flax import nnx
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 Axes = tuple[str | None, ...]
 
+xavier = nnx.initializers.xavier_uniform()
+
 
 def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Axes) -> nnx.Param:
     """A float32 parameter of `shape` with one logical axis name (or None) a dimension.
@@ -25,6 +27,54 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Axes) -
     if len(axes) != len(shape):
         raise ValueError(f"axes={axes}: expected one name for each dimension of shape {shape}")
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=axes)
+
+
+def mean_of_rows(x_NF: jax.Array) -> jax.Array:
+    """Mean (F,) over the rows, as a matmul: XLA's reductions over rows are slow on CPU."""
+    ones = jnp.ones((x_NF.shape[0],), x_NF.dtype)
+    return jnp.dot(ones, x_NF, precision=jax.lax.Precision.HIGHEST) / x_NF.shape[0]
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias_F: jax.Array) -> jax.Array:
+    """x + bias over the last dimension; the bias's gradient is summed by a matmul."""
+    return x + bias_F
+
+
+def _add_bias_backward(_, dy):
+    rows = dy.reshape(-1, dy.shape[-1])
+    return dy, mean_of_rows(rows) * rows.shape[0]
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)
+
+
+class BatchNorm(nnx.Module):
+    """Batch norm over all but the last dimension, across all devices; statistics in float32.
+
+    Running averages move by a tenth a step and hold the unbiased variance, as in PyTorch.
+    `train()` and `eval()` of the model choose between batch and running statistics.
+    """
+
+    def __init__(self, features: int, *, axes: Axes, rngs: nnx.Rngs, eps: float = 1e-5):
+        self.scale = param(rngs, nnx.initializers.ones, (features,), axes)
+        self.bias = param(rngs, nnx.initializers.zeros, (features,), axes)
+        self.mean = nnx.BatchStat(jnp.zeros((features,)))
+        self.var = nnx.BatchStat(jnp.ones((features,)))
+        self.eps, self.use_running_average = eps, False
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        n = rows.shape[0]
+        if self.use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            mean = mean_of_rows(rows)
+            var = mean_of_rows((rows - mean) ** 2)
+            for average, new in ((self.mean, mean), (self.var, var * (n / max(n - 1, 1)))):
+                average[...] = 0.9 * average[...] + 0.1 * jax.lax.stop_gradient(new)
+        y = (rows - mean) * (jax.lax.rsqrt(var + self.eps) * self.scale[...])
+        return add_bias(y, self.bias[...]).reshape(x.shape).astype(x.dtype)
 
 
 class Dense(nnx.Module):
@@ -41,7 +91,7 @@ class Dense(nnx.Module):
         *,
         axes: Axes,
         rngs: nnx.Rngs,
-        init: Initializer = nnx.initializers.xavier_uniform(),
+        init: Initializer = xavier,
         use_bias: bool = True,
         dtype: jnp.dtype = jnp.float32,
     ):
@@ -53,7 +103,7 @@ class Dense(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ self.kernel[...].astype(self.dtype)
         if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
+            y = add_bias(y, self.bias[...].astype(self.dtype))
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

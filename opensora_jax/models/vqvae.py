@@ -66,7 +66,7 @@ class Conv(nnx.Module):
             if s == 2:
                 x, w = _fold(x, axis + 1, channel=4), _fold(w, axis, channel=3)
         y = conv(x, w.astype(self.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else layers.add_bias(y, self.bias[...].astype(self.dtype))
 
 
 class ConvTranspose(nnx.Module):
@@ -108,7 +108,7 @@ class ConvTranspose(nnx.Module):
             if self.stride[axis] == 2:
                 y = _unfold(y, axis + 1, channel=4)
                 y = jax.lax.slice_in_dim(y, 1, y.shape[axis + 1] - 1, axis=axis + 1)
-        return y + self.bias[...].astype(self.dtype)
+        return layers.add_bias(y, self.bias[...].astype(self.dtype))
 
 
 def _fold(x: jax.Array, axis: int, channel: int) -> jax.Array:
@@ -163,7 +163,9 @@ class ResidualBlock(nnx.Module):
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         conv = {"use_bias": False, "rngs": rngs, "dtype": dtype}
-        self.norms = nnx.List([batch_norm(c, rngs) for c in (width, width // 2, width)])
+        self.norms = nnx.List(
+            [layers.BatchNorm(c, axes=("conv_out",), rngs=rngs) for c in (width, width // 2, width)]
+        )
         self.conv_3 = Conv(width, width // 2, 3, **conv)
         self.conv_1 = Conv(width // 2, width, 1, **conv)
         self.attention = nnx.List(
@@ -177,15 +179,10 @@ class ResidualBlock(nnx.Module):
         return x + sum(attention(h) for attention in self.attention)
 
 
-def batch_norm(features: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """Batch norm over all devices' examples; statistics in float32."""
-    return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-
-
 class ResidualStack(nnx.Module):
     def __init__(self, width: int, depth: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         self.blocks = nnx.List([ResidualBlock(width, rngs=rngs, dtype=dtype) for _ in range(depth)])
-        self.norm = batch_norm(width, rngs)
+        self.norm = layers.BatchNorm(width, axes=("conv_out",), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for block in self.blocks:
@@ -227,6 +224,8 @@ class VQVAE(nnx.Module):
             raise ValueError(f"downsample={downsample}: expected at least one factor above 1")
         self.downsample = downsample
         self.normalize_latents, self.n_frames = normalize_latents, n_frames
+        self.n_codes, self.embedding_dim = n_codes, embedding_dim
+        self.n_hiddens, self.n_res_layers = n_hiddens, n_res_layers
         levels = [int(math.log2(d)) for d in downsample]
         strides = [tuple(2 if level > i else 1 for level in levels) for i in range(max(levels))]
         widths = [3] + [n_hiddens] * len(strides)
@@ -257,6 +256,20 @@ class VQVAE(nnx.Module):
                 for i, stride in enumerate(strides)
             ]
         )
+
+    @property
+    def arguments(self) -> dict[str, int | bool | list[int]]:
+        """What to construct this model with, for JSON."""
+        names = [
+            "n_codes",
+            "embedding_dim",
+            "n_hiddens",
+            "n_res_layers",
+            "normalize_latents",
+            "n_frames",
+        ]
+        sizes = {name: getattr(self, name) for name in names}
+        return {**sizes, "downsample": list(self.downsample)}
 
     @property
     def codebook(self) -> jax.Array:

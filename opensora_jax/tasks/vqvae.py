@@ -26,7 +26,12 @@ def to_uint8(video: jax.Array) -> jax.Array:
 
 
 class VQVAETask:
-    """Batches: {"video": uint8 (B, T, H, W, 3)}. `extra` holds batch statistics and the codebook."""
+    """Batches: {"video": uint8 (B, T, H, W, 3)}; `extra` is batch statistics and the codebook.
+
+    Args:
+      quantize_between: steps between which training examples go over from continuous latents to
+        quantized ones, more and more of them; by default all are quantized from the first step.
+    """
 
     def __init__(
         self, make_model: Callable[[nnx.Rngs], VQVAE], quantize_between: tuple[int, int] = (-1, 0)
@@ -34,7 +39,7 @@ class VQVAETask:
         self._quantize_between = quantize_between
         self._make_model = make_model
         model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
-        self.n_codes = model.codebook_state.n_codes
+        self.arguments, self.n_codes = model.arguments, model.n_codes
         self._graphdef, self._params, _ = nnx.split(model, nnx.Param, ...)
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:

@@ -11,9 +11,13 @@ from opensora_jax.train.state import TrainState
 
 PyTree = Any
 
+# Beside the checkpoints: the arguments of the model that was trained.
+MODEL_FILE = "model.json"
+FOLDER = "checkpoints"
+
 
 class Checkpoints:
-    """The checkpoints of one training, under `folder`, written in the background.
+    """The checkpoints of one training, under `folder`/checkpoints, written in the background.
 
     Each is complete or absent: Orbax writes under a temporary name and renames. Every field of the
     state is an item of its own, so that inference reads the averaged weights alone.
@@ -21,7 +25,8 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, *, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(epath.Path(folder).resolve(), options=options)
+        folder = epath.Path(folder).resolve() / FOLDER
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     @property
     def latest_step(self) -> int | None:
@@ -43,7 +48,13 @@ class Checkpoints:
         return like.replace(**restored), data["data"]
 
     def restore_items(self, like: dict[str, PyTree]) -> dict[str, PyTree]:
-        """Some fields of the latest state, placed as the arrays or shapes of `like`."""
+        """Some fields of the latest state, placed as the arrays or shapes of `like`.
+
+        Raises:
+          FileNotFoundError: if there is no checkpoint.
+        """
+        if self.latest_step is None:
+            raise FileNotFoundError(f"{self._manager.directory}: no checkpoint")
         items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
         restored = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items))
         return {name: restored[name] for name in items}
@@ -60,9 +71,40 @@ def _items(state: TrainState) -> dict[str, PyTree]:
     return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
 
 
-def write_json(path: epath.PathLike, value: PyTree) -> None:
-    """Writes `value` under a temporary name and renames it: whole or absent."""
-    path = epath.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+def claim(folder: epath.PathLike, description: dict[str, PyTree]) -> None:
+    """Writes `folder`/model.json, or checks that it says the same.
+
+    Raises:
+      ValueError: naming every key in which the folder's model differs, with both values.
+    """
+    path = epath.Path(folder) / MODEL_FILE
+    description = json.loads(json.dumps(description))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(description, indent=2) + "\n")
+        temporary.replace(path)
+        return
+    known = read_description(folder)
+    keys = sorted(known.keys() | description.keys())
+    different = [k for k in keys if known.get(k) != description.get(k)]
+    if different:
+        differences = "; ".join(
+            f"{k}={description.get(k)!r}, there {known.get(k)!r}" for k in different
+        )
+        raise ValueError(
+            f"{path.parent}: holds the training of another model: {differences}. Use another "
+            "workdir, or remove that folder"
+        )
+
+
+def read_description(folder: epath.PathLike) -> dict[str, PyTree]:
+    """What `claim` wrote.
+
+    Raises:
+      FileNotFoundError: if the folder holds no model.
+    """
+    path = epath.Path(folder) / MODEL_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent}: no {MODEL_FILE}, so no model was trained here")
+    return json.loads(path.read_text())

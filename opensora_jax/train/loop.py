@@ -121,7 +121,7 @@ def fit(
       FloatingPointError: at a log step whose loss or gradient norm is not finite.
     """
     folder = epath.Path(folder)
-    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+    checkpoints = checkpoint.Checkpoints(folder)
     state, shardings = state_lib.create(task, tx, mesh, rngs.key(settings.seed, "init"))
     if checkpoints.latest_step is not None:
         state, data_state = checkpoints.restore(state)
@@ -174,7 +174,7 @@ def fit(
 
 
 def _mean(pending: Sequence[Metrics]) -> dict[str, float]:
-    """Means over the steps since the last log; the one place where the loop waits for the device."""
+    """Means over the steps since the last log; only here does the loop wait for the device."""
     values = jax.device_get(pending)
     means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
     return {**means, "learning_rate": float(values[-1]["learning_rate"])}

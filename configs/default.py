@@ -1,0 +1,122 @@
+"""Every field of the configuration, with its meaning, its unit and why it is what it is.
+
+The other files of this folder start from here and change what they need. On the command line
+`--config.dit.steps=1000` overrides a field; a field that does not exist stops the run.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+
+    # Seed of everything random: initial weights, order of the data, noise, moving shapes.
+    c.seed = 0
+    # Run in this order; each is skipped when done and goes on when it was interrupted.
+    c.stages = ("vqvae", "preprocess", "dit", "report")
+
+    # Where things are. Empty: where the stage before writes them in the workdir.
+    c.data = ConfigDict()
+    c.data.captions = ""  # captions file, JSON or JSONL; empty: the moving shapes'
+    c.data.videos = ""  # folder of video files; empty: the moving shapes'
+    c.data.held_out_videos = ""  # folder of videos to watch the VQ-VAE on; empty: moving shapes, or none
+    c.data.dataset = ""  # Arrow dataset to train the DiT on; empty: WORKDIR/dataset
+    c.data.vqvae = ""  # VQ-VAE folder or VideoGPT checkpoint; empty: WORKDIR/vqvae
+    c.data.text_model = ""  # CLIP folder or hub name; empty: a small random one, made on the spot
+
+    # Sizes of the device mesh; -1 is what the others leave. A batch is divided over data x fsdp,
+    # parameters over fsdp and tensor, the token sequence over context.
+    c.mesh = ConfigDict()
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.context = 1
+    c.mesh.tensor = 1
+
+    # The generated dataset of moving shapes.
+    c.shapes = ConfigDict()
+    c.shapes.n_videos = 3000  # for training, seen combinations only
+    c.shapes.n_held_out = 240  # for evaluation, all combinations
+    c.shapes.n_frames = 8  # frames a video
+    c.shapes.resolution = 32  # pixels, height and width
+    c.shapes.fps = 8.0  # frames a second
+    c.shapes.n_captions = 3  # captions a video, drawn from the phrasings
+
+    # The VQ-VAE and its training. The sizes are VideoGPT's published ones.
+    c.vqvae = ConfigDict()
+    c.vqvae.n_codes = 2048  # codebook size
+    c.vqvae.embedding_dim = 256  # dimension of a code
+    c.vqvae.n_hiddens = 240  # width of the networks
+    c.vqvae.n_res_layers = 4  # residual blocks in the encoder and in the decoder
+    c.vqvae.downsample = (4, 4, 4)  # time, height, width; powers of two
+    c.vqvae.normalize_latents = True  # unit RMS before quantization: keeps the codebook alive
+    c.vqvae.n_frames = 16  # frames a training clip
+    c.vqvae.resolution = 128  # pixels, short side of a clip, cropped square
+    c.vqvae.fps = 0.0  # frames a second of a clip; 0: as in the file
+    c.vqvae.batch_size = 32  # clips a step, over all devices
+    c.vqvae.accumulate = 1  # microbatches a step, when a batch does not fit
+    c.vqvae.steps = 100_000
+    c.vqvae.learning_rate = 3e-4  # peak, after warm-up
+    c.vqvae.warmup_steps = 500
+    c.vqvae.b1 = 0.9  # Adam's
+    c.vqvae.b2 = 0.99  # Adam's; short, because the codebook moves
+    c.vqvae.weight_decay = 0.0
+    c.vqvae.clip_norm = 1.0  # global gradient norm
+    c.vqvae.ema_decay = 0.999  # of the weights that are used afterwards
+    # Shares of the training between which positions go over from continuous to quantized: an
+    # autoencoder that already works gives the codebook something worth quantizing.
+    c.vqvae.quantize_from = 0.1
+    c.vqvae.quantize_to = 0.2
+    c.vqvae.dtype = "auto"  # compute: float32, bfloat16, or auto (bfloat16 where the device has it)
+    c.vqvae.log_every = 50  # steps
+    c.vqvae.eval_every = 2000  # steps
+    c.vqvae.checkpoint_every = 1000  # steps
+
+    # Videos and captions -> the Arrow dataset.
+    c.preprocess = ConfigDict()
+    c.preprocess.resolution = 128  # pixels, short side, cropped square
+    c.preprocess.fps = 0.0  # frames a second; 0: as in the file
+    c.preprocess.max_frames = 600  # longer videos are left out, and counted
+    c.preprocess.n_frames = 0  # keep only this many frames of a video; 0: all
+    c.preprocess.window = 0  # frames encoded at once; 0: the length the VQ-VAE was trained on
+    c.preprocess.batch_size = 8  # windows encoded at once
+    c.preprocess.videos_per_part = 500  # a kill loses at most one part's work
+
+    # The DiT and its training.
+    c.dit = ConfigDict()
+    c.dit.size = "B"  # S, B, L or XL, or empty to use the three numbers below
+    c.dit.depth = 0
+    c.dit.width = 0
+    c.dit.heads = 0
+    c.dit.patch = 2  # a token is 1 x patch x patch latents
+    c.dit.text_mode = "cross_attention"  # or in_context: text tokens join the sequence
+    c.dit.text_length = 0  # tokens a caption is padded or cut to; 0: the longest in the data
+    c.dit.n_latent_frames = 0  # latent frames an example; 0: the fewest in the data
+    c.dit.caption_dropout = 0.1  # share of examples without text, for guidance
+    c.dit.validation_share = 0.02  # share of the videos held back to measure the loss on
+    c.dit.batch_size = 256  # examples a step, over all devices
+    c.dit.accumulate = 1  # microbatches a step, when a batch does not fit
+    c.dit.steps = 100_000
+    c.dit.learning_rate = 1e-4  # peak, after warm-up
+    c.dit.warmup_steps = 1000
+    c.dit.b1 = 0.9  # Adam's
+    c.dit.b2 = 0.99  # Adam's
+    c.dit.weight_decay = 0.0  # the paper's
+    c.dit.clip_norm = 1.0  # global gradient norm
+    c.dit.ema_decay = 0.9999  # the paper's
+    c.dit.remat = "full"  # none, dots or full: the less is saved, the longer sequences fit
+    c.dit.dtype = "auto"  # compute: float32, bfloat16, or auto (bfloat16 where the device has it)
+    c.dit.log_every = 50  # steps
+    c.dit.eval_every = 2000  # steps between validations and sample videos
+    c.dit.checkpoint_every = 1000  # steps
+
+    # Samples drawn during training, for the report and by opensora_jax.sample by default.
+    c.sample = ConfigDict()
+    c.sample.steps = 50  # Euler steps
+    c.sample.guidance = 4.0  # scale of classifier-free guidance; 1: off
+    c.sample.prompts = ()  # drawn while training; empty: captions of the validation videos
+
+    # Grading of samples on moving shapes (needs the shapes stage).
+    c.fidelity = ConfigDict()
+    c.fidelity.n_samples = 240  # videos, over all combinations
+    c.fidelity.batch_size = 48  # videos sampled at once
+    return c

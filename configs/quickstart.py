@@ -1,0 +1,60 @@
+"""From nothing to a video that shows what its caption says, without any download.
+
+    python -m opensora_jax.main --config=configs/quickstart.py
+
+Generates videos of moving shapes, trains a VQ-VAE on them, encodes them and their captions, trains
+a small DiT on the codes, grades its samples and writes a report.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    c = default.get_config()
+    c.stages = ("shapes", "vqvae", "preprocess", "dit", "fidelity", "report")
+
+    c.vqvae.n_codes = 1024
+    c.vqvae.embedding_dim = 4  # few dimensions: codes lie close, so quantization costs little
+    c.vqvae.n_hiddens = 32
+    c.vqvae.n_res_layers = 1
+    c.vqvae.downsample = (4, 4, 4)
+    c.vqvae.n_frames = 8
+    c.vqvae.resolution = 32
+    c.vqvae.batch_size = 16
+    c.vqvae.steps = 1500
+    c.vqvae.learning_rate = 4e-3
+    c.vqvae.warmup_steps = 50
+    c.vqvae.ema_decay = 0.995
+    c.vqvae.quantize_from = 0.4
+    c.vqvae.quantize_to = 0.6
+    c.vqvae.eval_every = 500
+    c.vqvae.checkpoint_every = 250
+
+    c.preprocess.resolution = 32
+    c.preprocess.batch_size = 64
+
+    c.dit.size = ""
+    c.dit.depth = 6
+    c.dit.width = 192
+    c.dit.heads = 6
+    c.dit.patch = 2
+    c.dit.batch_size = 64
+    c.dit.steps = 2000
+    c.dit.learning_rate = 1e-3
+    c.dit.warmup_steps = 100
+    c.dit.ema_decay = 0.995
+    c.dit.remat = "none"
+    c.dit.eval_every = 500
+    c.dit.checkpoint_every = 250
+
+    c.sample.steps = 30
+    c.sample.guidance = 3.0
+    c.sample.prompts = (
+        "a red circle moves to the left",
+        "a blue square moves up",
+        "a green triangle moves down",
+        "a yellow circle moves to the right",
+    )
+    return c

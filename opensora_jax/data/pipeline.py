@@ -1,0 +1,184 @@
+"""Grain input pipelines: batches of video clips for the VQ-VAE, of latents and text for the DiT.
+
+Each process reads its own share of every batch. The iterators have Grain's `get_state` and
+`set_state`; given the same state they go on with the same batches.
+"""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+from absl import logging
+
+from opensora_jax.data import video_io
+from opensora_jax.data.dataset import CODES, TEXT, LatentDataset
+
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
+
+# Decoded clips are kept up to this size: small folders are decoded once, not once an epoch.
+CACHE_BYTES = 2**30
+
+
+def find_videos(folder: str | Path) -> list[Path]:
+    """The video files under `folder`, sorted.
+
+    Raises:
+      FileNotFoundError: if there are none.
+    """
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no video files ({', '.join(VIDEO_SUFFIXES)})")
+    return paths
+
+
+class ClipSource:
+    """Item i: uint8 (n_frames, H, W, 3) from a place in video i that a generator chooses, or None.
+
+    None stands for a video that cannot be read or is too short; it is named once in the log.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], n_frames: int, resolution: int, fps: float | None = None
+    ):
+        self._paths, self._n_frames = list(paths), n_frames
+        self._resolution, self._fps = resolution, fps
+        self._cache: dict[int, np.ndarray | None] = {}
+        self._room = CACHE_BYTES
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"ClipSource({len(self._paths)} videos, {self._n_frames} frames)"
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def clip(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
+        if index in self._cache:
+            return self._cut(self._cache[index], rng)
+        try:
+            video = self._read(index)
+        except video_io.VideoError as error:
+            logging.warning("left out: %s", error)
+            video = None
+        with self._lock:
+            size = 0 if video is None else video.nbytes
+            if size <= self._room:
+                self._room -= size
+                self._cache[index] = video
+        return self._cut(video, rng)
+
+    def _read(self, index):
+        path = self._paths[index]
+        video = video_io.read_video(path, resolution=self._resolution, fps=self._fps)
+        if len(video) < self._n_frames:
+            raise video_io.VideoError(
+                f"{path}: {len(video)} frames, expected at least {self._n_frames}"
+            )
+        return video
+
+    def _cut(self, video, rng):
+        if video is None:
+            return None
+        start = int(rng.integers(len(video) - self._n_frames + 1))
+        return {"video": video[start : start + self._n_frames]}
+
+
+def clips(
+    source: ClipSource,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Endless shuffled batches {"video": uint8 (batch_size, T, H, W, 3)} of one process.
+
+    Args:
+      batch_size: examples of this process.
+    """
+    dataset = (
+        grain.MapDataset.source(source)
+        .shuffle(seed=seed)
+        .repeat()[process_index::process_count]
+        .random_map(source.clip, seed=seed)
+        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4 * batch_size))
+        .batch(batch_size, drop_remainder=True)
+    )
+    return iter(dataset)
+
+
+def pad_text(text_SD: np.ndarray, length: int) -> np.ndarray:
+    """Text features padded with zeros, or cut, to `length` tokens."""
+    text_SD = text_SD[:length]
+    return np.pad(text_SD, ((0, length - len(text_SD)), (0, 0)))
+
+
+def latents(
+    dataset: LatentDataset,
+    rows: np.ndarray,
+    *,
+    batch_size: int,
+    text_length: int,
+    n_latent_frames: int,
+    seed: int | None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Batches of the dataset's `rows`: shuffled and endless with a seed, else in order and once.
+
+    Each batch holds codes (B, T, H, W) int32, text (B, S, D) float32 and text_length (B,) int32.
+
+    Args:
+      batch_size: examples of this process.
+      text_length: S; longer texts are cut.
+      n_latent_frames: T; of longer latents a random window is taken (the first without a seed).
+    """
+
+    def load(row: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        example = dataset[row]
+        codes, text = example[CODES], example[TEXT]
+        start = int(rng.integers(len(codes) - n_latent_frames + 1)) if seed is not None else 0
+        return {
+            "codes": codes[start : start + n_latent_frames].astype(np.int32),
+            "text": pad_text(text, text_length),
+            "text_length": np.int32(min(len(text), text_length)),
+        }
+
+    items = grain.MapDataset.source(_Rows(rows, dataset))
+    if seed is not None:
+        items = items.shuffle(seed=seed).repeat()
+    items = items[process_index::process_count].random_map(load, seed=seed or 0)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(items.batch(batch_size, drop_remainder=True).to_iter_dataset(options))
+
+
+class _Rows:
+    """Row numbers as a source; its repr names the dataset, by which Grain knows it on resume."""
+
+    def __init__(self, rows: np.ndarray, dataset: LatentDataset):
+        self._rows, self._dataset = rows, dataset
+
+    def __repr__(self) -> str:
+        return f"{len(self._rows)} rows of {self._dataset!r}"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self._rows[index])
+
+
+def split_by_video(dataset: LatentDataset, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """(training rows, validation rows); about `share` of the videos, with all their captions,
+    are for validation, and the same ones every time."""
+    files = np.array([dataset.column(i, "video_file") for i in range(len(dataset))])
+    names = np.unique(files)
+    n_validation = round(share * len(names))
+    chosen = np.random.default_rng(0).permutation(names)[:n_validation]
+    is_validation = np.isin(files, chosen)
+    return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)

@@ -1,0 +1,37 @@
+"""Rectified flow (Liu et al., arXiv:2209.03003): straight paths from data to noise.
+
+x_t = (1 - t) x_0 + t noise for t in [0, 1]; the network predicts the velocity noise - x_0.
+
+Shape suffixes: B batch; "..." the dimensions of a latent video.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def sample_times(key: jax.Array, n: int) -> jax.Array:
+    """Logit-normal times (n,) in (0, 1), most in the middle (Esser et al., arXiv:2403.03206)."""
+    return jax.nn.sigmoid(jax.random.normal(key, (n,)))
+
+
+def _like(t_B: jax.Array, x: jax.Array) -> jax.Array:
+    return t_B.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def interpolate(x_0: jax.Array, noise: jax.Array, t_B: jax.Array) -> jax.Array:
+    """x_t of shape (B, ...)."""
+    t = _like(t_B, x_0)
+    return (1 - t) * x_0 + t * noise
+
+
+def loss(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    x_0: jax.Array,
+    noise: jax.Array,
+    t_B: jax.Array,
+) -> jax.Array:
+    """Mean squared error (B,) of velocity(x_t, t) against noise - x_0."""
+    predicted = velocity(interpolate(x_0, noise, t_B), t_B)
+    return jnp.mean((predicted - (noise - x_0)) ** 2, axis=range(1, x_0.ndim))

@@ -1,0 +1,109 @@
+"""What the training stages share: from the configuration to models, optimizers and shares."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from opensora_jax.models import dit
+from opensora_jax.models.dit import DiT
+from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.train import checkpoint, loop, optim
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype that `name` says; "auto" is bfloat16 but for CPUs, which only emulate it."""
+    if name == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(name)
+
+
+def vqvae_maker(c: ConfigDict) -> Callable[[nnx.Rngs], VQVAE]:
+    """The constructor of the VQ-VAE that `config.vqvae` describes."""
+
+    def make(rngs: nnx.Rngs) -> VQVAE:
+        return VQVAE(
+            n_codes=c.n_codes,
+            embedding_dim=c.embedding_dim,
+            n_hiddens=c.n_hiddens,
+            n_res_layers=c.n_res_layers,
+            downsample=tuple(c.downsample),
+            normalize_latents=c.normalize_latents,
+            n_frames=c.n_frames,
+            rngs=rngs,
+            dtype=compute_dtype(c.dtype),
+        )
+
+    return make
+
+
+def dit_arguments(c: ConfigDict, *, channels: int, text_width: int) -> dict[str, Any]:
+    """The arguments of the DiT that `config.dit` describes, for JSON."""
+    depth, width, heads = dit.SIZES[c.size] if c.size else (c.depth, c.width, c.heads)
+    return {
+        "depth": depth,
+        "width": width,
+        "heads": heads,
+        "channels": channels,
+        "out_channels": channels,
+        "patch": c.patch,
+        "text_width": text_width,
+        "text_mode": c.text_mode,
+    }
+
+
+def dit_maker(
+    arguments: dict[str, Any], *, dtype: str, remat: str = "none"
+) -> Callable[[nnx.Rngs], DiT]:
+    """The constructor of a DiT with the `arguments` of `dit_arguments`."""
+    return lambda rngs: DiT(**arguments, remat=remat, dtype=compute_dtype(dtype), rngs=rngs)
+
+
+def optimizer(c: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of `config.vqvae` or `config.dit`, and its learning rates."""
+    schedule = optim.schedule(c.learning_rate, c.warmup_steps, c.steps)
+    tx = optim.adamw(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, clip_norm=c.clip_norm)
+    return tx, schedule
+
+
+def settings(c: ConfigDict, seed: int, tokens_per_step: int) -> loop.Settings:
+    return loop.Settings(
+        steps=c.steps,
+        seed=seed,
+        ema_decay=c.ema_decay,
+        accumulate=c.accumulate,
+        log_every=c.log_every,
+        checkpoint_every=c.checkpoint_every,
+        tokens_per_step=tokens_per_step,
+    )
+
+
+def process_share(batch_size: int) -> dict[str, int]:
+    """This process's share of a batch, as arguments of the pipelines."""
+    return {
+        "batch_size": batch_size // jax.process_count(),
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+
+
+def is_trained(folder: Path, steps: int) -> bool:
+    """Whether the last checkpoint in `folder` is of step `steps` or later."""
+    checkpoints = checkpoint.Checkpoints(folder)
+    last = checkpoints.latest_step
+    checkpoints.close()
+    return last is not None and last >= steps
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` under a temporary name and renames it: whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)

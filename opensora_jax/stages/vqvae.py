@@ -1,0 +1,132 @@
+"""The stage that trains the VQ-VAE from a folder of videos."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from opensora_jax import mesh as mesh_lib
+from opensora_jax.data import pipeline, video_io
+from opensora_jax.metrics import pixel, shapes
+from opensora_jax.stages import common
+from opensora_jax.tasks.vqvae import VQVAETask
+from opensora_jax.train import checkpoint, loop
+from opensora_jax.train.state import TrainState
+
+# Videos that evaluation reconstructs, and of these how many it shows.
+N_EVALUATED = 240
+N_SHOWN = 8
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Trains `workdir`/vqvae to `config.vqvae.steps`.
+
+    Beside checkpoints and metrics it writes reconstruction.json (PSNR in dB, SSIM, perplexity and
+    number of codes used and, for moving shapes, the share of reconstructions whose color, shape
+    and direction `detect` still reads) and samples/*.mp4, originals above reconstructions.
+
+    Raises:
+      FileNotFoundError: no videos.
+      ValueError: the folder holds the training of another model.
+    """
+    c = config.vqvae
+    folder = Path(workdir) / "vqvae"
+    make_model = common.vqvae_maker(c)
+    task = VQVAETask(make_model, (int(c.quantize_from * c.steps), int(c.quantize_to * c.steps)))
+    checkpoint.claim(folder, task.arguments)
+    if common.is_trained(folder, c.steps):
+        logging.info("vqvae: %s: done already", folder)
+        return
+    videos = Path(config.data.videos or Path(workdir) / "shapes" / "train" / "videos")
+    source = pipeline.ClipSource(
+        pipeline.find_videos(videos), c.n_frames, c.resolution, c.fps or None
+    )
+    mesh = mesh_lib.make_mesh(config.mesh)
+    batches = pipeline.clips(source, seed=config.seed, **common.process_share(c.batch_size))
+    held_out = HeldOut(config, workdir, source)
+    tx, schedule = common.optimizer(c)
+    loop.fit(
+        task,
+        tx,
+        schedule,
+        batches,
+        mesh=mesh,
+        folder=folder,
+        settings=common.settings(c, config.seed, tokens_per_step=_tokens(c)),
+        evaluations=[loop.Evaluation(c.eval_every, lambda state: held_out(task, state, folder))],
+    )
+
+
+def _tokens(c: ConfigDict) -> int:
+    """Codes that a step trains on."""
+    sides = (c.n_frames, c.resolution, c.resolution)
+    grid = [side // d for side, d in zip(sides, c.downsample, strict=True)]
+    return c.batch_size * int(np.prod(grid))
+
+
+class HeldOut:
+    """Reconstructs videos: the held-out moving shapes, a given folder's, or some of training's."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, training: pipeline.ClipSource):
+        c = config.vqvae
+        shapes_folder = Path(workdir) / "shapes" / "held_out"
+        folder = config.data.held_out_videos
+        self._labels = None
+        source = training
+        if folder:
+            paths = pipeline.find_videos(folder)
+        elif not config.data.videos and shapes_folder.is_dir():
+            entries = json.loads((shapes_folder / "captions.json").read_text())
+            paths = [shapes_folder / "videos" / entry["file"] for entry in entries]
+            self._labels = [(e["color"], e["shape"], e["direction"]) for e in entries]
+        else:
+            paths = None
+        if paths is not None:
+            source = pipeline.ClipSource(paths, c.n_frames, c.resolution, c.fps or None)
+        n = min(N_EVALUATED, len(source))
+        clips = [source.clip(i, np.random.default_rng(i)) for i in range(n)]
+        self._videos = np.stack([clip["video"] for clip in clips if clip is not None])
+        self._batch_size = min(c.batch_size, len(self._videos))
+        self._fps = c.fps or config.shapes.fps
+        self._eval_step = None
+
+    def __call__(self, task: VQVAETask, state: TrainState, folder: Path) -> dict[str, float]:
+        if self._eval_step is None:
+            self._eval_step = jax.jit(task.eval_step)
+        recons, codes = [], []
+        n = len(self._videos)
+        for start in range(0, n, self._batch_size):
+            # The last batch is filled up, so that one compilation serves all.
+            index = np.minimum(np.arange(start, start + self._batch_size), n - 1)
+            _, out = self._eval_step(state.ema, state.extra, {"video": self._videos[index]})
+            recons.append(np.asarray(out["recon"])[: n - start])
+            codes.append(np.asarray(out["codes"])[: n - start])
+        recons, codes = np.concatenate(recons), np.concatenate(codes)
+        counts = np.bincount(codes.reshape(-1), minlength=task.n_codes)
+        p = counts[counts > 0] / counts.sum()
+        pairs = list(zip(self._videos, recons, strict=True))
+        result = {
+            "psnr": float(np.mean([pixel.psnr(a, b) for a, b in pairs])),
+            "ssim": float(np.mean([pixel.ssim(a, b) for a, b in pairs])),
+            "perplexity": float(np.exp(-(p * np.log(p)).sum())),
+            "codes_used": int((counts > 0).sum()),
+        }
+        if self._labels:
+            score = shapes.score(recons, self._labels[:n])
+            result |= {f"detected_{name}": value for name, value in score.items()}
+        self._write(folder, int(state.step), recons, result, counts)
+        return {f"held_out/{name}": float(value) for name, value in result.items()}
+
+    def _write(self, folder, step, recons, result, counts) -> None:
+        chosen = np.linspace(0, len(recons) - 1, min(N_SHOWN, len(recons))).astype(int)
+        rows = [np.concatenate(list(v[chosen]), axis=2) for v in (self._videos, recons)]
+        samples = folder / "samples"
+        samples.mkdir(exist_ok=True)
+        video_io.write_video(
+            samples / f"step{step:06d}.mp4", np.concatenate(rows, axis=1), self._fps
+        )
+        written = {"step": step, **result, "code_counts": counts.tolist()}
+        common.write_json(folder / "reconstruction.json", written)

@@ -1,0 +1,136 @@
+"""Training of the DiT on code embeddings with rectified flow."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from opensora_jax import mesh as mesh_lib
+from opensora_jax.diffusion import flow, samplers
+from opensora_jax.models.codebook import nearest_codes
+from opensora_jax.models.dit import DiT
+
+PyTree = Any
+
+# Times run in [0, 1]; the network's embedding of time was made for DiT's 1000 steps.
+TIME_SCALE = 1000.0
+
+# Where validation measures the loss: flow losses look flat over training when times are mixed.
+NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+class Latents:
+    """Code embeddings normalized per channel by the data's code frequencies.
+
+    Args:
+      codebook: (n_codes, dim) float32.
+      code_counts: (n_codes,), how often each code occurs in the data.
+    """
+
+    def __init__(self, codebook: np.ndarray, code_counts: np.ndarray):
+        share = (code_counts / code_counts.sum())[:, None]
+        mean = (codebook * share).sum(axis=0)
+        std = np.sqrt((((codebook - mean) ** 2) * share).sum(axis=0))
+        self.table = np.asarray((codebook - mean) / np.maximum(std, 1e-6), np.float32)
+
+    @property
+    def channels(self) -> int:
+        return self.table.shape[1]
+
+    def from_codes(self, codes: jax.Array) -> jax.Array:
+        """Codes (...) -> normalized embeddings (..., dim) float32."""
+        return jnp.asarray(self.table)[codes]
+
+    def to_codes(self, x: jax.Array) -> jax.Array:
+        """The nearest code (...) int32 of each denoised embedding (..., dim)."""
+        return nearest_codes(x.reshape(-1, self.channels), jnp.asarray(self.table)).reshape(
+            x.shape[:-1]
+        )
+
+
+class DiTTask:
+    """Batches: {"codes": int32 (B, T, H, W), "text": (B, S, D), "text_length": int32 (B,)}.
+
+    Args:
+      caption_dropout: share of examples that see the null text, for classifier-free guidance.
+    """
+
+    def __init__(
+        self, make_model: Callable[[nnx.Rngs], DiT], latents: Latents, caption_dropout: float
+    ):
+        self._make_model, self.latents = make_model, latents
+        self._caption_dropout = caption_dropout
+        model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+        self._graphdef, self._params, _ = nnx.split(model, nnx.Param, ...)
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        _, params, _ = nnx.split(self._make_model(nnx.Rngs(key)), nnx.Param, ...)
+        return nnx.to_pure_dict(params), {}
+
+    def param_shardings(self, mesh: Mesh) -> PyTree:
+        return nnx.to_pure_dict(mesh_lib.param_shardings(self._params, mesh))
+
+    def model(self, params: PyTree) -> DiT:
+        return nnx.merge(self._graphdef, params, {})
+
+    def loss(
+        self,
+        params: PyTree,
+        extra: PyTree,
+        batch: dict[str, jax.Array],
+        key: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
+        time_key, noise_key, drop_key = jax.random.split(key, 3)
+        b = batch["codes"].shape[0]
+        drop_B = jax.random.uniform(drop_key, (b,)) < self._caption_dropout
+        t_B = flow.sample_times(time_key, b)
+        return self._flow_loss(params, batch, t_B, noise_key, drop_B), (extra, {})
+
+    def eval_step(
+        self, params: PyTree, batch: dict[str, jax.Array], key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """The loss at each of `NOISE_LEVELS`, and their mean."""
+        b = batch["codes"].shape[0]
+        losses = {
+            f"validation_loss/t={t}": self._flow_loss(params, batch, jnp.full((b,), t), key, None)
+            for t in NOISE_LEVELS
+        }
+        return {**losses, "validation_loss": sum(losses.values()) / len(losses)}
+
+    def _flow_loss(self, params, batch, t_B, noise_key, drop_B):
+        x_0 = self.latents.from_codes(batch["codes"])
+        noise = jax.random.normal(noise_key, x_0.shape)
+        model = self.model(params)
+
+        def velocity(x, t_B):
+            return model(x, t_B * TIME_SCALE, batch["text"], batch["text_length"], drop_B)
+
+        return jnp.mean(flow.loss(velocity, x_0, noise, t_B))
+
+    def sample(
+        self,
+        params: PyTree,
+        text: jax.Array,
+        text_length: jax.Array,
+        noise: jax.Array,
+        *,
+        steps: int,
+        guidance: float,
+    ) -> jax.Array:
+        """Codes (B, T, H, W) int32 for text (B, S, D) from noise (B, T, H, W, channels)."""
+        model = self.model(params)
+
+        def velocity(drop):
+            def call(x, t_B):
+                drop_B = jnp.full(x.shape[:1], drop)
+                return model(x, t_B * TIME_SCALE, text, text_length, drop_B)
+
+            return call
+
+        guided = samplers.classifier_free_guidance(velocity(False), velocity(True), guidance)
+        return self.latents.to_codes(samplers.euler(guided, noise, steps))
