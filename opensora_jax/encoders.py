@@ -1,5 +1,6 @@
 """The frozen encoders that preprocessing, sampling and evaluation share."""
 
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from opensora_jax.convert import clip, videogpt
 from opensora_jax.models.vqvae import VQVAE
-from opensora_jax.tasks.vqvae import VQVAETask
+from opensora_jax.tasks.vqvae import VQVAETask, to_uint8
 from opensora_jax.train import checkpoint
 
 BATCH_SIZE = 32
@@ -65,6 +66,27 @@ def save_vqvae(folder: str | Path, model: VQVAE) -> None:
     checkpoints = checkpoint.Checkpoints(folder)
     checkpoints.save_items(0, {"ema": params, "extra": extra})
     checkpoints.close()
+
+
+def decode(model: VQVAE, codes: jax.Array) -> np.ndarray:
+    """Codes (B, t, h, w) -> videos uint8 (B, T, H, W, 3), in windows of the trained length.
+
+    The mirror of how preprocessing encodes: a last, partial window is filled up with its last
+    codes, and their frames are dropped.
+    """
+    window = max(model.n_frames // model.downsample[0], 1)
+    n = codes.shape[1]
+    graph, state = nnx.split(model)
+    pieces = []
+    for start in range(0, n, window):
+        index = np.minimum(np.arange(start, start + window), n - 1)
+        pieces.append(np.asarray(_decode_window(graph, state, codes[:, index])))
+    return np.concatenate(pieces, axis=1)[:, : n * model.downsample[0]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode_window(graph, state, codes):
+    return to_uint8(nnx.merge(graph, state).decode(codes))
 
 
 class TextEncoder:

@@ -5,6 +5,7 @@ made: it only assumes one saturated, upright shape on a muted background.
 """
 
 import colorsys
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -52,6 +53,23 @@ def detect(video: np.ndarray) -> tuple[str, str, str] | None:
     shape = _shape(coverage_THW[frames], center_T2, spread_2)
     direction = _direction(frames, center_T2, len(video), video.shape[1:3])
     return None if None in (color, shape, direction) else (color, shape, direction)
+
+
+def score(videos: Iterable[np.ndarray], labels: Sequence[tuple[str, str, str]]) -> dict[str, float]:
+    """Shares of the videos in which `detect` reads the label: all of it, and each attribute.
+
+    Args:
+      videos: uint8 (T, H, W, 3) each.
+      labels: (color, shape, direction) of each video.
+    """
+    right = []
+    for video, label in zip(videos, labels, strict=True):
+        found = detect(video) or (None, None, None)
+        right.append([a == b for a, b in zip(found, label, strict=True)])
+    shares = np.mean(right, axis=0)
+    names = ("color", "shape", "direction")
+    by_attribute = {name: float(share) for name, share in zip(names, shares, strict=True)}
+    return {"all": float(np.mean(np.all(right, axis=1))), **by_attribute}
 
 
 def _smooth(video_THW3):

@@ -37,6 +37,13 @@ class Latents:
         std = np.sqrt((((codebook - mean) ** 2) * share).sum(axis=0))
         self.table = np.asarray((codebook - mean) / np.maximum(std, 1e-6), np.float32)
 
+    @classmethod
+    def from_table(cls, table: np.ndarray) -> "Latents":
+        """From embeddings (n_codes, dim) that are normalized already."""
+        latents = cls.__new__(cls)
+        latents.table = table
+        return latents
+
     @property
     def channels(self) -> int:
         return self.table.shape[1]

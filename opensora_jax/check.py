@@ -1,0 +1,151 @@
+"""Checks a configuration before anything is compiled or written."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+STAGES = ("shapes", "vqvae", "preprocess", "dit", "fidelity", "report")
+DTYPES = ("auto", "float32", "bfloat16")
+
+# Fields that must be above zero, or may be zero but not below.
+_POSITIVE = [
+    "shapes.n_videos",
+    "shapes.n_held_out",
+    "shapes.resolution",
+    "shapes.fps",
+    "shapes.n_captions",
+    "vqvae.embedding_dim",
+    "vqvae.n_hiddens",
+    "vqvae.n_frames",
+    "vqvae.resolution",
+    "vqvae.batch_size",
+    "vqvae.accumulate",
+    "vqvae.steps",
+    "vqvae.learning_rate",
+    "vqvae.clip_norm",
+    "vqvae.log_every",
+    "vqvae.eval_every",
+    "vqvae.checkpoint_every",
+    "preprocess.resolution",
+    "preprocess.max_frames",
+    "preprocess.batch_size",
+    "preprocess.videos_per_part",
+    "dit.patch",
+    "dit.batch_size",
+    "dit.accumulate",
+    "dit.steps",
+    "dit.learning_rate",
+    "dit.clip_norm",
+    "dit.log_every",
+    "dit.eval_every",
+    "dit.checkpoint_every",
+    "sample.steps",
+    "sample.guidance",
+    "fidelity.n_samples",
+    "fidelity.batch_size",
+]
+_NOT_NEGATIVE = [
+    "seed",
+    "vqvae.n_res_layers",
+    "vqvae.fps",
+    "vqvae.warmup_steps",
+    "vqvae.weight_decay",
+    "preprocess.fps",
+    "preprocess.n_frames",
+    "preprocess.window",
+    "dit.text_length",
+    "dit.n_latent_frames",
+    "dit.warmup_steps",
+    "dit.weight_decay",
+]
+_SHARES = [
+    "vqvae.b1",
+    "vqvae.b2",
+    "vqvae.ema_decay",
+    "vqvae.quantize_from",
+    "vqvae.quantize_to",
+    "dit.b1",
+    "dit.b2",
+    "dit.ema_decay",
+    "dit.caption_dropout",
+    "dit.validation_share",
+]
+
+
+def config(c: ConfigDict) -> None:
+    """Checks every field that can be checked without looking at data or devices' memory.
+
+    Raises:
+      ValueError: naming the field, its value and what was expected.
+    """
+    from opensora_jax import mesh
+    from opensora_jax.models import dit
+
+    for name in _POSITIVE:
+        _expect(c, name, lambda v: v > 0, "a positive number")
+    for name in _NOT_NEGATIVE:
+        _expect(c, name, lambda v: v >= 0, "zero or a positive number")
+    for name in _SHARES:
+        _expect(c, name, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+    _expect(c, "stages", lambda v: v and set(v) <= set(STAGES), f"some of {', '.join(STAGES)}")
+    _expect(c, "shapes.n_frames", lambda v: v >= 2, "at least 2")
+    _expect(c, "vqvae.n_codes", lambda v: v >= 2, "at least 2")
+    _expect(
+        c,
+        "vqvae.downsample",
+        lambda v: len(v) == 3 and max(v) > 1 and all(d >= 1 and not d & (d - 1) for d in v),
+        "three powers of two, one of them above 1",
+    )
+    _expect(c, "vqvae.dtype", lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}")
+    _expect(c, "dit.dtype", lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}")
+    _expect(
+        c, "dit.remat", lambda v: v in dit.REMAT_POLICIES, f"one of {', '.join(dit.REMAT_POLICIES)}"
+    )
+    _expect(
+        c, "dit.text_mode", lambda v: v in dit.TEXT_MODES, f"one of {', '.join(dit.TEXT_MODES)}"
+    )
+    sizes = ("", *dit.SIZES)
+    _expect(c, "dit.size", lambda v: v in sizes, f"one of {', '.join(dit.SIZES)}, or empty")
+    if not c.dit.size:
+        for name in ("dit.depth", "dit.width", "dit.heads"):
+            _expect(c, name, lambda v: v > 0, "a positive number, since dit.size is empty")
+        even = 2 * c.dit.heads
+        _expect(
+            c, "dit.width", lambda v: v % even == 0, f"an even multiple of dit.heads={c.dit.heads}"
+        )
+    _check_video(c)
+    shape = mesh.make_mesh(c.mesh).shape
+    devices = shape["data"] * shape["fsdp"]
+    for part in ("vqvae", "dit"):
+        pieces = devices * c[part].accumulate
+        _expect(
+            c,
+            f"{part}.batch_size",
+            lambda v, pieces=pieces: v % pieces == 0,
+            f"a multiple of {pieces}: {devices} data devices x {part}.accumulate",
+        )
+
+
+def _check_video(c: ConfigDict) -> None:
+    t, h, w = c.vqvae.downsample
+    _expect(c, "vqvae.n_frames", lambda v: v % t == 0, f"a multiple of vqvae.downsample[0]={t}")
+    _expect(
+        c,
+        "vqvae.resolution",
+        lambda v: v % h == 0 and v % w == 0,
+        f"a multiple of vqvae.downsample[1:]=({h}, {w})",
+    )
+    _expect(
+        c,
+        "vqvae.quantize_to",
+        lambda v: v >= c.vqvae.quantize_from,
+        f"at least vqvae.quantize_from={c.vqvae.quantize_from}",
+    )
+
+
+def _expect(c: ConfigDict, name: str, test, expected: str) -> None:
+    value: Any = c
+    for part in name.split("."):
+        value = value[part]
+    if not test(value):
+        raise ValueError(f"config.{name}={value!r}: expected {expected}")

@@ -1,0 +1,123 @@
+"""From prompts to videos with a trained DiT: what sampling, training and grading share."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from opensora_jax import encoders, rngs
+from opensora_jax.data import pipeline, video_io
+from opensora_jax.data.captions import write_json
+from opensora_jax.stages import common
+from opensora_jax.tasks.dit import DiTTask, Latents
+from opensora_jax.train import checkpoint
+
+PyTree = Any
+
+
+class Generator:
+    """Turns prompts into videos. Made by `load`; it holds the text encoder and the VQ-VAE.
+
+    Attributes:
+      task: the DiT's task.
+      fps: frames a second of the training videos.
+    """
+
+    def __init__(self, task: DiTTask, description: dict[str, Any]):
+        self.task = task
+        self.fps: float = description["fps"]
+        self._grid = tuple(description["latent_grid"])
+        self._downsample = tuple(description["downsample"])
+        self._patch = description["dit"]["patch"]
+        self._text_length = description["text_length"]
+        self._text_encoder = encoders.TextEncoder(description["text_model"])
+        self._vqvae = encoders.load_vqvae(description["vqvae"])
+        self._sample = jax.jit(task.sample, static_argnames=("steps", "guidance"))
+
+    @classmethod
+    def load(cls, folder: Path, task: DiTTask | None = None) -> "Generator":
+        """For the DiT trained in `folder`; with a `task` given, for its weights in training.
+
+        Raises:
+          FileNotFoundError: no DiT there, or not the VQ-VAE or text model that it names.
+        """
+        description = checkpoint.read_description(folder)
+        if task is None:
+            latents = Latents.from_table(np.asarray(description["latent_table"], np.float32))
+            task = DiTTask(common.dit_maker(description["dit"], dtype="auto"), latents, 0.0)
+        return cls(task, description)
+
+    def restore(self, folder: Path) -> PyTree:
+        """The averaged weights of the last checkpoint in `folder`."""
+        params, _ = jax.eval_shape(self.task.init, jax.random.key(0))
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params
+        )
+        checkpoints = checkpoint.Checkpoints(folder)
+        restored = checkpoints.restore_items({"ema": like})
+        checkpoints.close()
+        return restored["ema"]
+
+    def latent_grid(
+        self, n_frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int]:
+        """The latents (t, h, w) of a video of this size; None stands for the training size.
+
+        Raises:
+          ValueError: a size that is no multiple of downsampling (and patch).
+        """
+        grid = list(self._grid)
+        names = ("frames", "height", "width")
+        for i, (name, size) in enumerate(zip(names, (n_frames, height, width), strict=True)):
+            if size is None:
+                continue
+            factor = self._downsample[i] * (self._patch if i else 1)
+            if size < 1 or size % factor:
+                raise ValueError(f"{name}={size}: expected a positive multiple of {factor}")
+            grid[i] = size // self._downsample[i]
+        return tuple(grid)
+
+    def sample(
+        self,
+        prompts: list[str],
+        *,
+        params: PyTree,
+        steps: int,
+        guidance: float,
+        seed: int,
+        grid: tuple[int, int, int] | None = None,
+        batch_size: int = 16,
+    ) -> np.ndarray:
+        """Videos, uint8 (n, T, H, W, 3), one a prompt.
+
+        The noise of a video depends on `seed` and its place in the list only. All batches have one
+        size, the last filled up, so that one compilation serves all.
+        """
+        grid = grid or self._grid
+        features = self._text_encoder.encode(prompts)
+        text = np.stack([pipeline.pad_text(f, self._text_length) for f in features])
+        lengths = np.array([min(len(f), self._text_length) for f in features], np.int32)
+        n = len(prompts)
+        batch_size = min(batch_size, n)
+        shape = (*grid, self.task.latents.channels)
+        noises = jax.vmap(lambda i: jax.random.normal(rngs.key(seed, "sample", i), shape))
+        videos = []
+        for start in range(0, n, batch_size):
+            index = np.minimum(np.arange(start, start + batch_size), n - 1)
+            codes = self._sample(
+                params, text[index], lengths[index], noises(index), steps=steps, guidance=guidance
+            )
+            videos.append(encoders.decode(self._vqvae, codes)[: n - start])
+        return np.concatenate(videos)
+
+    def write(self, folder: Path, prompts: list[str], videos: np.ndarray) -> None:
+        """Writes 00.mp4, 01.mp4, ... and prompts.json into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = []
+        for i, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
+            name = f"{i:02d}.mp4"
+            video_io.write_video(folder / name, video, self.fps)
+            entries.append({"file": name, "prompt": prompt})
+        write_json(folder / "prompts.json", entries)

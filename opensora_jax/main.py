@@ -1,0 +1,78 @@
+"""Runs the stages of a configuration.
+
+python -m opensora_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from opensora_jax import check
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where everything is written; by default runs/ and the config's name."
+)
+
+# What a bad configuration, bad data or a missing file raises, told without a traceback.
+_USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    config = _CONFIG.value
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = Path(_WORKDIR.value or Path("runs") / name).absolute()
+    logging.set_verbosity(logging.INFO)
+    try:
+        check.config(config)
+        run(config, workdir)
+    except _USER_ERRORS as error:
+        logging.debug("stopped", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Runs every stage of `config.stages` in order; what is done is skipped by the stage."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    # After the configuration is known to be good: these imports take seconds.
+    from opensora_jax.stages import dit, fidelity, preprocess, report, shapes, vqvae
+
+    stages = {
+        "shapes": shapes.run,
+        "vqvae": vqvae.run,
+        "preprocess": preprocess.run,
+        "dit": dit.run,
+        "fidelity": fidelity.run,
+        "report": report.run,
+    }
+    for stage in config.stages:
+        logging.info("stage %s", stage)
+        start = time.perf_counter()
+        stages[stage](config, workdir)
+        _add_seconds(workdir, stage, time.perf_counter() - start)
+    logging.info("all stages done: %s", workdir)
+
+
+def _add_seconds(workdir: Path, stage: str, seconds: float) -> None:
+    """Adds to what the stage took so far, in seconds.json and, when there is one, fidelity.json."""
+    path, fidelity = workdir / "seconds.json", workdir / "fidelity.json"
+    total = json.loads(path.read_text()) if path.exists() else {}
+    total[stage] = round(total.get(stage, 0.0) + seconds, 1)
+    written = {path: total}
+    if fidelity.exists():
+        written[fidelity] = json.loads(fidelity.read_text()) | {"seconds": total}
+    for path, value in written.items():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(path)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

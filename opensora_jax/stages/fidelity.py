@@ -1,0 +1,49 @@
+"""The stage that grades samples of moving shapes by what `detect` reads from their pixels."""
+
+import json
+from pathlib import Path
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from opensora_jax.data import moving_shapes
+from opensora_jax.data.captions import write_json
+from opensora_jax.generation import Generator
+from opensora_jax.metrics import shapes
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Writes `workdir`/fidelity.json.
+
+    {"seen": {"all", "color", "shape", "direction"}, "held_out": {...}, "n_samples": {...}}: shares
+    of the samples that show what their caption says, for combinations that were trained on and for
+    those that never were.
+    """
+    workdir = Path(workdir)
+    path = workdir / "fidelity.json"
+    if path.exists():
+        logging.info("fidelity: %s: done already", path)
+        return
+    combinations = [
+        moving_shapes.ALL[i % len(moving_shapes.ALL)] for i in range(config.fidelity.n_samples)
+    ]
+    prompts = [
+        moving_shapes.captions(*combination)[i // len(moving_shapes.ALL) % 2]
+        for i, combination in enumerate(combinations)
+    ]
+    generator = Generator.load(workdir / "dit")
+    videos = generator.sample(
+        prompts,
+        params=generator.restore(workdir / "dit"),
+        steps=config.sample.steps,
+        guidance=config.sample.guidance,
+        seed=config.seed + 1,
+        batch_size=config.fidelity.batch_size,
+    )
+    result = {"n_samples": {}}
+    for name, group in (("seen", moving_shapes.SEEN), ("held_out", moving_shapes.HELD_OUT)):
+        index = [i for i, combination in enumerate(combinations) if combination in group]
+        result[name] = shapes.score(videos[index], [combinations[i] for i in index])
+        result["n_samples"][name] = len(index)
+    write_json(path, result)
+    logging.info("fidelity: %s", json.dumps(result))
