@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opensora_jax", "opensora_jax.*"]),
+    package_data={"opensora_jax.stages": ["report.html.template"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
