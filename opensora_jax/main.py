@@ -4,14 +4,18 @@ python -m opensora_jax.main --config=configs/quickstart.py --workdir=runs/quicks
 """
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from opensora_jax import check
+
+logger = logging.getLogger("opensora_jax.main")  # not __main__, which it runs as
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -28,12 +32,14 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name).absolute()
-    logging.set_verbosity(logging.INFO)
+    # Ours speak; Orbax and JAX only when something is wrong.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("opensora_jax").setLevel(logging.INFO)
     try:
         check.config(config)
         run(config, workdir)
     except _USER_ERRORS as error:
-        logging.debug("stopped", exc_info=True)
+        logger.debug("stopped", exc_info=True)
         sys.exit(f"error: {error}")
 
 
@@ -52,11 +58,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
         "report": report.run,
     }
     for stage in config.stages:
-        logging.info("stage %s", stage)
+        logger.info("stage %s", stage)
         start = time.perf_counter()
         stages[stage](config, workdir)
         _add_seconds(workdir, stage, time.perf_counter() - start)
-    logging.info("all stages done: %s", workdir)
+    logger.info("all stages done: %s", workdir)
 
 
 def _add_seconds(workdir: Path, stage: str, seconds: float) -> None:

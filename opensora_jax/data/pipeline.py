@@ -4,16 +4,18 @@ Each process reads its own share of every batch. The iterators have Grain's `get
 `set_state`; given the same state they go on with the same batches.
 """
 
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
-from absl import logging
 
 from opensora_jax.data import video_io
 from opensora_jax.data.dataset import CODES, TEXT, LatentDataset
+
+logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
 
@@ -63,7 +65,7 @@ class ClipSource:
         try:
             video = self._read(index)
         except video_io.VideoError as error:
-            logging.warning("left out: %s", error)
+            logger.warning("left out: %s", error)
             video = None
         with self._lock:
             size = 0 if video is None else video.nbytes

@@ -1,10 +1,10 @@
 """The stage that trains the DiT on an Arrow dataset."""
 
+import logging
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from opensora_jax import mesh as mesh_lib
@@ -16,6 +16,8 @@ from opensora_jax.stages import common
 from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.train import checkpoint, loop
 from opensora_jax.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 # Captions of the validation videos that are sampled where the configuration names no prompts.
 N_PROMPTS = 8
@@ -63,7 +65,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         },
     )
     if common.is_trained(folder, c.steps):
-        logging.info("dit: %s: done already", folder)
+        logger.info("dit: %s: done already", folder)
         return
 
     def batches(rows: np.ndarray, seed: int | None):
@@ -151,7 +153,7 @@ class SampleVideos:
             try:
                 self._generator = Generator.load(self._folder, self._task)
             except FileNotFoundError as error:
-                logging.warning("no sample videos while training: %s", error)
+                logger.warning("no sample videos while training: %s", error)
                 return {}
             self._prompts = list(self._config.prompts) or self._captions()
         folder = self._folder / "samples" / f"step{int(state.step):06d}"

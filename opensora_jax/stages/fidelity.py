@@ -1,15 +1,17 @@
 """The stage that grades samples of moving shapes by what `detect` reads from their pixels."""
 
 import json
+import logging
 from pathlib import Path
 
-from absl import logging
 from ml_collections import ConfigDict
 
 from opensora_jax.data import moving_shapes
 from opensora_jax.data.captions import write_json
 from opensora_jax.generation import Generator
 from opensora_jax.metrics import shapes
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -22,7 +24,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     workdir = Path(workdir)
     path = workdir / "fidelity.json"
     if path.exists():
-        logging.info("fidelity: %s: done already", path)
+        logger.info("fidelity: %s: done already", path)
         return
     combinations = [
         moving_shapes.ALL[i % len(moving_shapes.ALL)] for i in range(config.fidelity.n_samples)
@@ -46,4 +48,4 @@ def run(config: ConfigDict, workdir: Path) -> None:
         result[name] = shapes.score(videos[index], [combinations[i] for i in index])
         result["n_samples"][name] = len(index)
     write_json(path, result)
-    logging.info("fidelity: %s", json.dumps(result))
+    logger.info("fidelity: %s", json.dumps(result))

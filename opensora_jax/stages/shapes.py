@@ -1,12 +1,14 @@
 """The shapes stage: writes the moving shapes dataset, a training and a held-out split."""
 
+import logging
 import os
 from pathlib import Path
 
-from absl import logging
 from ml_collections import ConfigDict
 
 from opensora_jax.data import moving_shapes
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
@@ -37,4 +39,4 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
             fps=shapes.fps,
             n_captions=shapes.n_captions,
         )
-        logging.info("shapes: %s: %s", folder, "written" if wrote else "done already")
+        logger.info("shapes: %s: %s", folder, "written" if wrote else "done already")

@@ -1,11 +1,11 @@
 """The stage that trains the VQ-VAE from a folder of videos."""
 
 import json
+import logging
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from opensora_jax import mesh as mesh_lib
@@ -15,6 +15,8 @@ from opensora_jax.stages import common
 from opensora_jax.tasks.vqvae import VQVAETask
 from opensora_jax.train import checkpoint, loop
 from opensora_jax.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 # Videos that evaluation reconstructs, and of these how many it shows.
 N_EVALUATED = 240
@@ -38,7 +40,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     task = VQVAETask(make_model, (int(c.quantize_from * c.steps), int(c.quantize_to * c.steps)))
     checkpoint.claim(folder, task.arguments)
     if common.is_trained(folder, c.steps):
-        logging.info("vqvae: %s: done already", folder)
+        logger.info("vqvae: %s: done already", folder)
         return
     videos = Path(config.data.videos or Path(workdir) / "shapes" / "train" / "videos")
     source = pipeline.ClipSource(

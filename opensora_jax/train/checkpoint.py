@@ -45,6 +45,7 @@ class Checkpoints:
         data = self._manager.restore(
             self.latest_step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
         )
+        restored["step"] = restored["step"]["step"]
         return like.replace(**restored), data["data"]
 
     def restore_items(self, like: dict[str, PyTree]) -> dict[str, PyTree]:
@@ -66,8 +67,9 @@ class Checkpoints:
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
-    """The fields of a state that hold anything, by name; the step counter as a tree of one leaf."""
+    """The fields of a state that hold anything, by name."""
     fields = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+    fields["step"] = {"step": state.step}  # Orbax takes trees, not single arrays
     return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
 
 

@@ -4,8 +4,10 @@ Its order: restore, then for each step draw a batch, update, log, evaluate, save
 taken after a step with the data iterator's state right then, so a resumed run sees the next batch.
 """
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -24,6 +25,8 @@ from opensora_jax import rngs
 from opensora_jax.train import checkpoint, writer
 from opensora_jax.train import state as state_lib
 from opensora_jax.train.state import Task, TrainState
+
+logger = logging.getLogger(__name__)
 
 Metrics = dict[str, jax.Array]
 
@@ -121,63 +124,84 @@ def fit(
       FloatingPointError: at a log step whose loss or gradient norm is not finite.
     """
     folder = epath.Path(folder)
-    checkpoints = checkpoint.Checkpoints(folder)
-    state, shardings = state_lib.create(task, tx, mesh, rngs.key(settings.seed, "init"))
-    if checkpoints.latest_step is not None:
-        state, data_state = checkpoints.restore(state)
-        batches.set_state(data_state)
-        logging.info("%s: going on from step %d", folder.name, int(state.step))
-    update = jax.jit(
-        functools.partial(train_step, task, tx, schedule, settings),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-    first = int(state.step)
-    metrics_writer = writer.MetricsWriter(folder, first)
-    progress = tqdm(total=settings.steps, initial=first, desc=folder.name, unit="step")
-    pending: list[Metrics] = []
-    waited, since = 0.0, time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(folder)))
+        state, shardings = state_lib.create(task, tx, mesh, rngs.key(settings.seed, "init"))
+        if checkpoints.latest_step is not None:
+            state, data_state = checkpoints.restore(state)
+            batches.set_state(data_state)
+            logger.info("%s: going on from step %d", folder.name, int(state.step))
+        update = jax.jit(
+            functools.partial(train_step, task, tx, schedule, settings),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+        first = int(state.step)
+        log = stack.enter_context(contextlib.closing(writer.MetricsWriter(folder, first)))
+        progress = tqdm(total=settings.steps, initial=first, desc=folder.name, unit="step")
+        stack.enter_context(progress)
+        window = _Window(settings)
 
-    for step in range(first + 1, settings.steps + 1):
-        start = time.perf_counter()
-        batch = mesh_lib.shard_batch(next(batches), mesh)
-        waited += time.perf_counter() - start
-        with jax.transfer_guard("disallow"):
-            state, metrics = update(state, batch)
-        pending.append(metrics)
-        is_last = step == settings.steps
+        for step in range(first + 1, settings.steps + 1):
+            batch = window.timed(lambda: mesh_lib.shard_batch(next(batches), mesh))
+            with jax.transfer_guard("disallow"):
+                state, metrics = update(state, batch)
+            window.add(metrics)
+            is_last = step == settings.steps
 
-        if step % settings.log_every == 0 or is_last:
-            values = _mean(pending)
-            elapsed = time.perf_counter() - since
-            values["tokens_per_second"] = settings.tokens_per_step * len(pending) / elapsed
-            values["data_wait_share"] = waited / elapsed
-            metrics_writer.write(step, values)
-            progress.set_postfix(loss=f"{values['loss']:.4f}")
-            progress.update(step - progress.n)
-            _check_finite(step, values, checkpoints.latest_step)
-            pending, waited, since = [], 0.0, time.perf_counter()
+            if step % settings.log_every == 0 or is_last:
+                values = window.close()
+                log.write(step, values)
+                progress.set_postfix(loss=f"{values['loss']:.4f}")
+                progress.update(step - progress.n)
+                _check_finite(step, values, checkpoints.latest_step)
 
-        for evaluation in evaluations:
-            if step % evaluation.every == 0 or is_last:
-                start = time.perf_counter()
-                metrics_writer.write(step, evaluation.run(state))
-                since += time.perf_counter() - start
+            for evaluation in evaluations:
+                if step % evaluation.every == 0 or is_last:
+                    log.write(step, window.paused(functools.partial(evaluation.run, state)))
 
-        if step % settings.checkpoint_every == 0 or is_last:
-            checkpoints.save(step, state, batches.get_state())
-
-    progress.close()
-    metrics_writer.close()
-    checkpoints.close()
+            if step % settings.checkpoint_every == 0 or is_last:
+                checkpoints.save(step, state, batches.get_state())
     return state
 
 
-def _mean(pending: Sequence[Metrics]) -> dict[str, float]:
-    """Means over the steps since the last log; only here does the loop wait for the device."""
-    values = jax.device_get(pending)
-    means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
-    return {**means, "learning_rate": float(values[-1]["learning_rate"])}
+class _Window:
+    """What happened since the last log step; only `close` waits for the device."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._restart()
+
+    def _restart(self):
+        self._pending, self._waited, self._since = [], 0.0, time.perf_counter()
+
+    def timed(self, draw: Callable[[], Any]) -> Any:
+        """The result of `draw`; its time counts as waiting for data."""
+        start = time.perf_counter()
+        batch = draw()
+        self._waited += time.perf_counter() - start
+        return batch
+
+    def paused(self, evaluate: Callable[[], Any]) -> Any:
+        """The result of `evaluate`; its time does not count."""
+        start = time.perf_counter()
+        result = evaluate()
+        self._since += time.perf_counter() - start
+        return result
+
+    def add(self, metrics: Metrics) -> None:
+        self._pending.append(metrics)
+
+    def close(self) -> dict[str, float]:
+        """Means over the window's steps, with speeds; starts a new window."""
+        values = jax.device_get(self._pending)
+        means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+        means["learning_rate"] = float(values[-1]["learning_rate"])
+        elapsed = time.perf_counter() - self._since
+        means["tokens_per_second"] = self._settings.tokens_per_step * len(values) / elapsed
+        means["data_wait_share"] = self._waited / elapsed
+        self._restart()
+        return means
 
 
 def _check_finite(step: int, values: dict[str, Any], last_checkpoint: int | None) -> None:
