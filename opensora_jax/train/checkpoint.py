@@ -34,10 +34,15 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, data_state: PyTree) -> None:
         """Starts writing `state` at `step` and the (JSON) state of the data iterator."""
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        self._manager.save(
-            step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data_state))
-        )
+        self._save(step, _items(state), data=ocp.args.JsonSave(data_state))
+
+    def save_items(self, step: int, items: dict[str, PyTree]) -> None:
+        """Starts writing some fields of a state, for `restore_items`."""
+        self._save(step, items)
+
+    def _save(self, step, items, **others):
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self._manager.save(step, args=ocp.args.Composite(**trees, **others))
 
     def restore(self, like: TrainState) -> tuple[TrainState, PyTree]:
         """The latest state, placed as the arrays or shapes of `like`, and the iterator's state."""

@@ -1,0 +1,87 @@
+"""A VQ-VAE of VideoGPT -> a folder that serves wherever a VQ-VAE is named.
+
+    python data_prep/import_videogpt.py -i vqvae.ckpt -o vqvae
+
+Reads the checkpoints of https://github.com/wilson1yan/VideoGPT (PyTorch's file format, without
+PyTorch; no code in them is run). Running it again changes nothing.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from opensora_jax import encoders
+from opensora_jax.convert import videogpt
+from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.stages.preprocess import fingerprint
+
+
+def import_videogpt(
+    checkpoint: str | Path,
+    output: str | Path,
+    downsample: tuple[int, int, int] | None = None,
+    n_frames: int | None = None,
+) -> tuple[VQVAE, bool]:
+    """Returns (the model, whether it was written rather than there already).
+
+    Raises:
+      FileNotFoundError: no such checkpoint.
+      ValueError: not a checkpoint of VideoGPT's VQ-VAE, or another model in `output`.
+    """
+    model = videogpt.load_videogpt(checkpoint, downsample=downsample, n_frames=n_frames)
+    if model.n_frames < 1 or model.n_frames % model.downsample[0]:
+        raise ValueError(
+            f"n_frames={model.n_frames}: expected a multiple of the downsampling in time, "
+            f"{model.downsample[0]}"
+        )
+    if Path(output).is_file():
+        raise ValueError(f"{output}: a file, expected a folder or nothing")
+    try:
+        known = encoders.load_vqvae(output)
+    except FileNotFoundError:
+        encoders.save_vqvae(output, model)
+        return model, True
+    if known.arguments != model.arguments or fingerprint(known) != fingerprint(model):
+        raise ValueError(f"{output}: holds another model than {checkpoint}: choose another folder")
+    return model, False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("-i", "--checkpoint", required=True, help="VideoGPT's .ckpt, or a bare state_dict")
+    add("-o", "--output", required=True, help="folder for the imported model")
+    add(
+        "--downsample",
+        type=int,
+        nargs=3,
+        metavar=("T", "H", "W"),
+        help="factors in time, height and width (default: as the checkpoint says)",
+    )
+    add(
+        "--n_frames",
+        type=int,
+        help="frames of the clips it was trained on (default: as the checkpoint says, or 16)",
+    )
+    args = parser.parse_args()
+    try:
+        model, is_new = import_videogpt(
+            args.checkpoint, args.output, args.downsample, args.n_frames
+        )
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    n_parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    for name, value in model.arguments.items():
+        print(f"{name}: {value}")
+    print(f"parameters: {n_parameters:,}")
+    print(f"fingerprint: {fingerprint(model)}")
+    print(f"{args.output}: {'written' if is_new else 'done already'}")
+
+
+if __name__ == "__main__":
+    main()
