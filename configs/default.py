@@ -19,7 +19,9 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.captions = ""  # captions file, JSON or JSONL; empty: the moving shapes'
     c.data.videos = ""  # folder of video files; empty: the moving shapes'
-    c.data.held_out_videos = ""  # folder of videos to watch the VQ-VAE on; empty: moving shapes, or none
+    c.data.held_out_videos = (
+        ""  # folder of videos to watch the VQ-VAE on; empty: moving shapes, or none
+    )
     c.data.dataset = ""  # Arrow dataset to train the DiT on; empty: WORKDIR/dataset
     c.data.vqvae = ""  # VQ-VAE folder or VideoGPT checkpoint; empty: WORKDIR/vqvae
     c.data.text_model = ""  # CLIP folder or hub name; empty: a small random one, made on the spot
@@ -92,6 +94,7 @@ def get_config() -> ConfigDict:
     c.dit.text_length = 0  # tokens a caption is padded or cut to; 0: the longest in the data
     c.dit.n_latent_frames = 0  # latent frames an example; 0: the fewest in the data
     c.dit.caption_dropout = 0.1  # share of examples without text, for guidance
+    c.dit.time_shift = 1.0  # above 1: more of the noisy times, for large grids or patches
     c.dit.validation_share = 0.02  # share of the videos held back to measure the loss on
     c.dit.batch_size = 256  # examples a step, over all devices
     c.dit.accumulate = 1  # microbatches a step, when a batch does not fit
@@ -104,6 +107,7 @@ def get_config() -> ConfigDict:
     c.dit.clip_norm = 1.0  # global gradient norm
     c.dit.ema_decay = 0.9999  # the paper's
     c.dit.remat = "full"  # none, dots or full: the less is saved, the longer sequences fit
+    c.dit.unroll = 1  # blocks compiled as one piece: more run faster on CPU and compile slower
     c.dit.dtype = "auto"  # compute: float32, bfloat16, or auto (bfloat16 where the device has it)
     c.dit.log_every = 50  # steps
     c.dit.eval_every = 2000  # steps between validations and sample videos

@@ -48,6 +48,8 @@ def get_config() -> ConfigDict:
     c.dit.warmup_steps = 100
     c.dit.ema_decay = 0.99
     c.dit.remat = "none"
+    c.dit.unroll = 6
+    c.dit.time_shift = 3.0
     c.dit.eval_every = 300
     c.dit.checkpoint_every = 300
 

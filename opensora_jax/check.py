@@ -33,6 +33,8 @@ _POSITIVE = [
     "dit.patch",
     "dit.batch_size",
     "dit.accumulate",
+    "dit.unroll",
+    "dit.time_shift",
     "dit.steps",
     "dit.learning_rate",
     "dit.clip_norm",

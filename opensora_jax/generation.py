@@ -45,7 +45,12 @@ class Generator:
         description = checkpoint.read_description(folder)
         if task is None:
             latents = Latents.from_table(np.asarray(description["latent_table"], np.float32))
-            task = DiTTask(common.dit_maker(description["dit"], dtype="auto"), latents, 0.0)
+            task = DiTTask(
+                common.dit_maker(description["dit"], dtype="auto"),
+                latents,
+                caption_dropout=0.0,
+                time_shift=description["time_shift"],
+            )
         return cls(task, description)
 
     def restore(self, folder: Path) -> PyTree:

@@ -11,9 +11,18 @@ import jax
 import jax.numpy as jnp
 
 
-def sample_times(key: jax.Array, n: int) -> jax.Array:
-    """Logit-normal times (n,) in (0, 1), most in the middle (Esser et al., arXiv:2403.03206)."""
-    return jax.nn.sigmoid(jax.random.normal(key, (n,)))
+def shift_times(t: jax.Array, shift: float) -> jax.Array:
+    """Moves times in [0, 1] towards noise: s t / (1 + (s - 1) t) (arXiv:2403.03206, eq. 23).
+
+    The more numbers describe one thing, the more noise it takes to hide it: large grids of latents
+    and large patches want a shift above 1.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_times(key: jax.Array, n: int, shift: float = 1.0) -> jax.Array:
+    """Logit-normal times (n,) in (0, 1), most in the middle (arXiv:2403.03206), then shifted."""
+    return shift_times(jax.nn.sigmoid(jax.random.normal(key, (n,))), shift)
 
 
 def _like(t_B: jax.Array, x: jax.Array) -> jax.Array:

@@ -20,9 +20,8 @@ def classifier_free_guidance(
     return conditional if scale == 1.0 else guided
 
 
-def euler(velocity: Velocity, noise: jax.Array, steps: int) -> jax.Array:
-    """Integrates dx = velocity(x, t) dt from t = 1 (noise) to t = 0 in equal steps."""
-    times = jnp.linspace(1.0, 0.0, steps + 1)
+def euler(velocity: Velocity, noise: jax.Array, times: jax.Array) -> jax.Array:
+    """Integrates dx = velocity(x, t) dt along `times`, from 1 (noise) down to 0."""
 
     def step(x, now_next):
         now, after = now_next

@@ -60,10 +60,12 @@ def dit_arguments(c: ConfigDict, *, channels: int, text_width: int) -> dict[str,
 
 
 def dit_maker(
-    arguments: dict[str, Any], *, dtype: str, remat: str = "none"
+    arguments: dict[str, Any], *, dtype: str, remat: str = "none", unroll: int = 1
 ) -> Callable[[nnx.Rngs], DiT]:
     """The constructor of a DiT with the `arguments` of `dit_arguments`."""
-    return lambda rngs: DiT(**arguments, remat=remat, dtype=compute_dtype(dtype), rngs=rngs)
+    return lambda rngs: DiT(
+        **arguments, remat=remat, unroll=unroll, dtype=compute_dtype(dtype), rngs=rngs
+    )
 
 
 def optimizer(c: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:

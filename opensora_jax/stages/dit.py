@@ -52,7 +52,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
         c, channels=latents.channels, text_width=data.metadata["text_width"]
     )
     task = DiTTask(
-        common.dit_maker(arguments, dtype=c.dtype, remat=c.remat), latents, c.caption_dropout
+        common.dit_maker(arguments, dtype=c.dtype, remat=c.remat, unroll=c.unroll),
+        latents,
+        caption_dropout=c.caption_dropout,
+        time_shift=c.time_shift,
     )
     checkpoint.claim(
         folder,
@@ -60,6 +63,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             "dit": arguments,
             "latent_grid": grid,
             "text_length": text_length,
+            "time_shift": c.time_shift,
             "latent_table": latents.table.tolist(),
             **{k: data.metadata[k] for k in ("vqvae", "text_model", "fps", "downsample")},
         },

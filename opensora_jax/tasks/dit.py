@@ -64,13 +64,19 @@ class DiTTask:
 
     Args:
       caption_dropout: share of examples that see the null text, for classifier-free guidance.
+      time_shift: of the times of training and of sampling, see `flow.shift_times`.
     """
 
     def __init__(
-        self, make_model: Callable[[nnx.Rngs], DiT], latents: Latents, caption_dropout: float
+        self,
+        make_model: Callable[[nnx.Rngs], DiT],
+        latents: Latents,
+        *,
+        caption_dropout: float,
+        time_shift: float,
     ):
         self._make_model, self.latents = make_model, latents
-        self._caption_dropout = caption_dropout
+        self._caption_dropout, self._time_shift = caption_dropout, time_shift
         model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
         self._graphdef, self._params, _ = nnx.split(model, nnx.Param, ...)
 
@@ -95,7 +101,7 @@ class DiTTask:
         time_key, noise_key, drop_key = jax.random.split(key, 3)
         b = batch["codes"].shape[0]
         drop_B = jax.random.uniform(drop_key, (b,)) < self._caption_dropout
-        t_B = flow.sample_times(time_key, b)
+        t_B = flow.sample_times(time_key, b, self._time_shift)
         return self._flow_loss(params, batch, t_B, noise_key, drop_B), (extra, {})
 
     def eval_step(
@@ -140,4 +146,5 @@ class DiTTask:
             return call
 
         guided = samplers.classifier_free_guidance(velocity(False), velocity(True), guidance)
-        return self.latents.to_codes(samplers.euler(guided, noise, steps))
+        times = flow.shift_times(jnp.linspace(1.0, 0.0, steps + 1), self._time_shift)
+        return self.latents.to_codes(samplers.euler(guided, noise, times))
