@@ -94,6 +94,9 @@ def get_config() -> ConfigDict:
     c.dit.text_length = 0  # tokens a caption is padded or cut to; 0: the longest in the data
     c.dit.n_latent_frames = 0  # latent frames an example; 0: the fewest in the data
     c.dit.caption_dropout = 0.1  # share of examples without text, for guidance
+    # What the network gives: velocity, or data (the clean latents, from which the velocity follows)
+    # where a token holds as many numbers as the network is wide.
+    c.dit.prediction = "velocity"
     c.dit.time_shift = 1.0  # above 1: more of the noisy times, for large grids or patches
     c.dit.validation_share = 0.02  # share of the videos held back to measure the loss on
     c.dit.batch_size = 256  # examples a step, over all devices

@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     c.dit.remat = "none"
     c.dit.unroll = 6
     c.dit.time_shift = 3.0
+    c.dit.prediction = "data"
     c.dit.eval_every = 300
     c.dit.checkpoint_every = 300
 

@@ -81,6 +81,7 @@ def config(c: ConfigDict) -> None:
       ValueError: naming the field, its value and what was expected.
     """
     from opensora_jax import mesh
+    from opensora_jax.diffusion import flow
     from opensora_jax.models import dit
 
     for name in _POSITIVE:
@@ -105,6 +106,12 @@ def config(c: ConfigDict) -> None:
     )
     _expect(
         c, "dit.text_mode", lambda v: v in dit.TEXT_MODES, f"one of {', '.join(dit.TEXT_MODES)}"
+    )
+    _expect(
+        c,
+        "dit.prediction",
+        lambda v: v in flow.PREDICTIONS,
+        f"one of {', '.join(flow.PREDICTIONS)}",
     )
     sizes = ("", *dit.SIZES)
     _expect(c, "dit.size", lambda v: v in sizes, f"one of {', '.join(dit.SIZES)}, or empty")

@@ -50,6 +50,7 @@ class Generator:
                 latents,
                 caption_dropout=0.0,
                 time_shift=description["time_shift"],
+                prediction=description["prediction"],
             )
         return cls(task, description)
 

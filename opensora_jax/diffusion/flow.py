@@ -1,6 +1,8 @@
 """Rectified flow (Liu et al., arXiv:2209.03003): straight paths from data to noise.
 
-x_t = (1 - t) x_0 + t noise for t in [0, 1]; the network predicts the velocity noise - x_0.
+x_t = (1 - t) x_0 + t noise for t in [0, 1]; the velocity is noise - x_0. A network gives it as it
+is, or by way of x_0: velocity = (x_t - x_0) / t. The way by x_0 is for tokens with as many numbers
+as the network is wide: noise, which has no structure, need not pass through it (arXiv:2511.13720).
 
 Shape suffixes: B batch; "..." the dimensions of a latent video.
 """
@@ -33,6 +35,19 @@ def interpolate(x_0: jax.Array, noise: jax.Array, t_B: jax.Array) -> jax.Array:
     """x_t of shape (B, ...)."""
     t = _like(t_B, x_0)
     return (1 - t) * x_0 + t * noise
+
+
+PREDICTIONS = ("velocity", "data")
+
+# The least t that a predicted x_0 is divided by.
+_LEAST_TIME = 0.05
+
+
+def to_velocity(output: jax.Array, x_t: jax.Array, t_B: jax.Array, prediction: str) -> jax.Array:
+    """The velocity (B, ...) that a network's `output` of one of `PREDICTIONS` stands for."""
+    if prediction == "velocity":
+        return output
+    return (x_t - output) / jnp.maximum(_like(t_B, x_t), _LEAST_TIME)
 
 
 def loss(

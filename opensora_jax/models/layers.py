@@ -141,6 +141,18 @@ def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10_000.0)
     return jnp.pad(embedding, ((0, 0), (0, width - 2 * half)))
 
 
+def sinusoidal_positions(grid: tuple[int, int, int], width: int) -> jax.Array:
+    """Fixed embedding (N, width) of absolute positions in a (T, H, W) grid of tokens, float32.
+
+    Time, height and width get a third of the channels each, what is left over being zero.
+    """
+    each = width // 6 * 2
+    positions = jnp.meshgrid(*[jnp.arange(n, dtype=jnp.float32) for n in grid], indexing="ij")
+    parts = [timestep_embedding(p.reshape(-1), each, max_period=100.0) for p in positions]
+    embedding = jnp.concatenate(parts, axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, width - 3 * each)))
+
+
 def rotary_angles(grid: tuple[int, int, int], head_dim: int, base: float = 100.0) -> jax.Array:
     """Angles (N, head_dim // 2) of 3-D rotary positions for a (T, H, W) grid of tokens.
 

@@ -56,6 +56,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         latents,
         caption_dropout=c.caption_dropout,
         time_shift=c.time_shift,
+        prediction=c.prediction,
     )
     checkpoint.claim(
         folder,
@@ -64,6 +65,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             "latent_grid": grid,
             "text_length": text_length,
             "time_shift": c.time_shift,
+            "prediction": c.prediction,
             "latent_table": latents.table.tolist(),
             **{k: data.metadata[k] for k in ("vqvae", "text_model", "fps", "downsample")},
         },

@@ -65,6 +65,7 @@ class DiTTask:
     Args:
       caption_dropout: share of examples that see the null text, for classifier-free guidance.
       time_shift: of the times of training and of sampling, see `flow.shift_times`.
+      prediction: what the network's output is, one of `flow.PREDICTIONS`.
     """
 
     def __init__(
@@ -74,9 +75,11 @@ class DiTTask:
         *,
         caption_dropout: float,
         time_shift: float,
+        prediction: str,
     ):
         self._make_model, self.latents = make_model, latents
         self._caption_dropout, self._time_shift = caption_dropout, time_shift
+        self._prediction = prediction
         model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
         self._graphdef, self._params, _ = nnx.split(model, nnx.Param, ...)
 
@@ -118,12 +121,18 @@ class DiTTask:
     def _flow_loss(self, params, batch, t_B, noise_key, drop_B):
         x_0 = self.latents.from_codes(batch["codes"])
         noise = jax.random.normal(noise_key, x_0.shape)
+        velocity = self._velocity(params, batch["text"], batch["text_length"], drop_B)
+        return jnp.mean(flow.loss(velocity, x_0, noise, t_B))
+
+    def _velocity(self, params, text, text_length, drop_B):
+        """The velocity field (x, t) -> velocity for these texts."""
         model = self.model(params)
 
         def velocity(x, t_B):
-            return model(x, t_B * TIME_SCALE, batch["text"], batch["text_length"], drop_B)
+            output = model(x, t_B * TIME_SCALE, text, text_length, drop_B)
+            return flow.to_velocity(output, x, t_B, self._prediction)
 
-        return jnp.mean(flow.loss(velocity, x_0, noise, t_B))
+        return velocity
 
     def sample(
         self,
@@ -136,15 +145,10 @@ class DiTTask:
         guidance: float,
     ) -> jax.Array:
         """Codes (B, T, H, W) int32 for text (B, S, D) from noise (B, T, H, W, channels)."""
-        model = self.model(params)
-
-        def velocity(drop):
-            def call(x, t_B):
-                drop_B = jnp.full(x.shape[:1], drop)
-                return model(x, t_B * TIME_SCALE, text, text_length, drop_B)
-
-            return call
-
-        guided = samplers.classifier_free_guidance(velocity(False), velocity(True), guidance)
+        conditional, unconditional = (
+            self._velocity(params, text, text_length, jnp.full(text_length.shape, drop))
+            for drop in (False, True)
+        )
+        guided = samplers.classifier_free_guidance(conditional, unconditional, guidance)
         times = flow.shift_times(jnp.linspace(1.0, 0.0, steps + 1), self._time_shift)
         return self.latents.to_codes(samplers.euler(guided, noise, times))
