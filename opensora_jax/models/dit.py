@@ -1,9 +1,9 @@
 """The Diffusion Transformer (Peebles & Xie, arXiv:2212.09748) over a grid of video latents.
 
 adaLN-Zero conditions on time and pooled text; text tokens come in by cross-attention or, in the
-other mode, as part of the sequence ("in context"); queries and keys are normalized (arXiv:2302.05442).
-Positions are 3-D rotary and, at the input, sinusoidal: with rotary ones alone, which only tell
-distances, the tokens of a sample took far longer to agree on one scene.
+other mode, as part of the sequence ("in context"); queries and keys are normalized
+(arXiv:2302.05442). Positions are 3-D rotary and, at the input, sinusoidal: with rotary ones alone,
+which only tell distances, the tokens of a sample took far longer to agree on one scene.
 
 Shape suffixes: B batch, T frames, H height, W width of the latents, C their channels; N video
 tokens, S text tokens, D width, E text width; in attention H heads and K head size.
