@@ -8,7 +8,7 @@ import numpy as np
 
 from opensora_jax import encoders, rngs
 from opensora_jax.data import pipeline, video_io
-from opensora_jax.data.captions import write_json
+from opensora_jax.files import write_json
 from opensora_jax.stages import common
 from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.train import checkpoint
@@ -115,6 +115,8 @@ class Generator:
             codes = self._sample(
                 params, text[index], lengths[index], noises(index), steps=steps, guidance=guidance
             )
+            # By way of the host: the DiT's weights may be on many devices, the VQ-VAE is on one.
+            codes = jax.device_get(codes)
             videos.append(encoders.decode(self._vqvae, codes)[: n - start])
         return np.concatenate(videos)
 
