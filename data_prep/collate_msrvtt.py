@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from opensora_jax.data.captions import write_json
+from opensora_jax.files import write_json
 
 SPLITS = ("train", "val", "test")
 _MOST_NAMES = 10  # on the screen; the report names all

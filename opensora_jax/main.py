@@ -13,7 +13,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from opensora_jax import check
+from opensora_jax import check, files
 
 logger = logging.getLogger("opensora_jax.main")  # not __main__, which it runs as
 
@@ -24,6 +24,22 @@ _WORKDIR = flags.DEFINE_string(
 
 # What a bad configuration, bad data or a missing file raises, told without a traceback.
 _USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags; a config that cannot be read, or has no such field, is told in one line."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        _CONFIG.value.lock()  # what could not be loaded says so only when it is used
+    except (KeyError, AttributeError) as error:
+        # ml_collections tells an unknown field by a KeyError, or by one made an AttributeError.
+        unknown = error if isinstance(error, KeyError) else error.__context__
+        if not isinstance(unknown, KeyError):
+            raise
+        sys.exit(f"error: --config has no such field: {' '.join(unknown.args[0].split())}")
+    except OSError as error:
+        sys.exit(f"error: --config: {str(error).splitlines()[-1].strip()}")
+    return rest
 
 
 def main(argv: list[str]) -> None:
@@ -74,11 +90,9 @@ def _add_seconds(workdir: Path, stage: str, seconds: float) -> None:
     if fidelity.exists():
         written[fidelity] = json.loads(fidelity.read_text()) | {"seconds": total}
     for path, value in written.items():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(path)
+        files.write_json(path, value)
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

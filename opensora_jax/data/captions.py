@@ -49,14 +49,6 @@ def read_captions(path: str | os.PathLike) -> list[dict]:
     return entries
 
 
-def write_json(path: str | os.PathLike, value) -> None:
-    """Writes JSON so that the file is never seen half-written."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _parse(path, text):
     """Yields (place in the file, parsed value)."""
     if text.lstrip().startswith("["):

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from opensora_jax.data import arrow
-from opensora_jax.data.captions import write_json
+from opensora_jax.files import write_json
 
 CODES, TEXT = "video_latent_states", "text_latent_states"
 

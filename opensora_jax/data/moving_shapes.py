@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
+from opensora_jax import files
 from opensora_jax.data import video_io
 
 COLORS = ("red", "green", "blue", "yellow")
@@ -174,7 +175,7 @@ def write_dataset(
             video_io.write_video(path, render(rng, *combination, n_frames, resolution), fps)
         entry = {"file": path.name, "captions": [phrasings[j] for j in chosen]}
         entries.append(entry | dict(zip(("color", "shape", "direction"), combination, strict=True)))
-    _write_json(folder / "captions.json", entries)
+    files.write_json(folder / "captions.json", entries)
     return True
 
 
@@ -230,7 +231,7 @@ def _claim(folder, params):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "params.json"
     if not path.exists():
-        _write_json(path, params)
+        files.write_json(path, params)
         return
     found = json.loads(path.read_text())
     for name, value in params.items():
@@ -239,9 +240,3 @@ def _claim(folder, params):
                 f"{path}: made with {name}={found.get(name)!r}, but {name}={value!r} is asked for; "
                 "remove the folder or choose another one"
             )
-
-
-def _write_json(path, value):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)

@@ -1,7 +1,5 @@
 """What the training stages share: from the configuration to models, optimizers and shares."""
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,10 +100,3 @@ def is_trained(folder: Path, steps: int) -> bool:
     last = checkpoints.latest_step
     checkpoints.close()
     return last is not None and last >= steps
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` under a temporary name and renames it: whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from opensora_jax.data import moving_shapes
-from opensora_jax.data.captions import write_json
+from opensora_jax.files import write_json
 from opensora_jax.generation import Generator
 from opensora_jax.metrics import shapes
 

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from opensora_jax import files
 from opensora_jax.data import moving_shapes
 from opensora_jax.stages import report_charts
 from opensora_jax.train.writer import read_metrics
@@ -101,9 +102,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
     template = Template(Path(__file__).with_name("report.html.template").read_text("utf-8"))
     page = template.substitute(title=escape(title), body="\n".join(filter(None, sections)))
     path = workdir / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    temporary.write_text(page, "utf-8")
-    os.replace(temporary, path)
+    files.write_text(path, page)
     logger.info("report: %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from opensora_jax import files
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.data import pipeline, video_io
 from opensora_jax.metrics import pixel, shapes
@@ -131,4 +132,4 @@ class HeldOut:
             samples / f"step{step:06d}.mp4", np.concatenate(rows, axis=1), self._fps
         )
         written = {"step": step, **result, "code_counts": counts.tolist()}
-        common.write_json(folder / "reconstruction.json", written)
+        files.write_json(folder / "reconstruction.json", written)

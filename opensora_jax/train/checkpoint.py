@@ -7,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from opensora_jax import files
 from opensora_jax.train.state import TrainState
 
 PyTree = Any
@@ -88,9 +89,7 @@ def claim(folder: epath.PathLike, description: dict[str, PyTree]) -> None:
     description = json.loads(json.dumps(description))
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(description, indent=2) + "\n")
-        temporary.replace(path)
+        files.write_json(path, description)
         return
     known = read_description(folder)
     keys = sorted(known.keys() | description.keys())

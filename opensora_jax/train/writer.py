@@ -7,6 +7,8 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from opensora_jax import files
+
 
 class MetricsWriter:
     """Appends one JSON object a log step to `folder`/metrics.jsonl, and the same to TensorBoard.
@@ -23,9 +25,7 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         lines = [m for m in read_metrics(self._path) if m["step"] <= step]
-        temporary = self._path.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        temporary.replace(self._path)
+        files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

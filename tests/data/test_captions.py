@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from opensora_jax.data.captions import CaptionsError, read_captions, write_json
+from opensora_jax.data.captions import CaptionsError, read_captions
+from opensora_jax.files import write_json
 
 ENTRIES = [
     {"file": "a.mp4", "captions": ["a cat", "Ein Kätzchen"]},
