@@ -49,3 +49,28 @@ def test_times_are_logit_normal():
     assert 0.95 < t.max() < 1
     logit = np.log(t / (1 - t))
     np.testing.assert_allclose([logit.mean(), logit.std()], [0, 1], atol=0.03)
+
+
+def test_shifted_times_have_the_noise_of_a_larger_grid():
+    t = np.linspace(0, 1, 11)
+    s = 3.0
+    shifted = np.asarray(flow.shift_times(jnp.asarray(t), s))
+    np.testing.assert_allclose(shifted[[0, -1]], [0, 1], atol=1e-6)
+    # Noise over signal grows by the factor of the shift.
+    inner, shifted = t[1:-1], shifted[1:-1]
+    np.testing.assert_allclose(shifted / (1 - shifted), s * inner / (1 - inner), rtol=1e-4)
+    np.testing.assert_allclose(flow.shift_times(jnp.asarray(t), 1.0), t, rtol=1e-6)
+    key = jax.random.key(0)
+    np.testing.assert_allclose(
+        flow.sample_times(key, 9, s), flow.shift_times(flow.sample_times(key, 9), s), rtol=1e-6
+    )
+
+
+def test_velocity_from_a_prediction_of_the_data():
+    x, noise = jnp.asarray(normal(0, 3, 2, 5)), jnp.asarray(normal(1, 3, 2, 5))
+    t = jnp.array([0.1, 0.5, 1.0])
+    x_t = flow.interpolate(x, noise, t)
+    np.testing.assert_allclose(flow.to_velocity(x, x_t, t, "data"), noise - x, atol=1e-5)
+    np.testing.assert_array_equal(flow.to_velocity(noise - x, x_t, t, "velocity"), noise - x)
+    # At t = 0, where data tells nothing of the noise, it stays finite.
+    assert np.isfinite(flow.to_velocity(x + 1, x, jnp.zeros(3), "data")).all()

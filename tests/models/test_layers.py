@@ -94,6 +94,18 @@ def test_timestep_embedding_is_cosines_then_sines():
     assert layers.timestep_embedding(jnp.asarray(t), 7).shape == (3, 7)
 
 
+def test_sinusoidal_positions_tell_every_place():
+    embedding = np.asarray(layers.sinusoidal_positions((3, 4, 5), 26))
+    assert embedding.shape == (60, 26)
+    np.testing.assert_array_equal(embedding[:, 24:], 0.0)
+    assert len(np.unique(embedding.round(3), axis=0)) == 60
+    # Each third tells one axis: of tokens that differ in width alone, the last.
+    row = embedding.reshape(3, 4, 5, 26)[1, 2]
+    np.testing.assert_array_equal(row[:, :16], row[:1, :16].repeat(5, axis=0))
+    position = np.asarray(layers.timestep_embedding(jnp.arange(5.0), 8, max_period=100.0))
+    np.testing.assert_allclose(row[:, 16:24], position, atol=1e-6)
+
+
 def test_rotated_products_depend_on_differences_of_positions():
     grid, head = (3, 4, 5), 16
     angles = layers.rotary_angles(grid, head)

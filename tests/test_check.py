@@ -1,0 +1,140 @@
+"""Configurations: those that are shipped pass, and bad values are named before anything starts."""
+
+import functools
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from opensora_jax import check
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+sys.path.insert(0, str(ROOT))  # the configurations import each other
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def numbers(c, prefix=""):
+    """The dotted names of all fields that hold a number."""
+    for name, value in c.items():
+        if isinstance(value, ConfigDict):
+            yield from numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_pass(path):
+    check.config(load(path.stem))
+
+
+def test_every_shipped_configuration_is_tried():
+    assert {"default", "quickstart", "msrvtt", "msrvtt_vqvae"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in numbers(load("quickstart")) if not n.startswith("mesh.")]
+)
+def test_no_number_may_be_negative(name):
+    c = load("quickstart")
+    *parents, last = name.split(".")
+    part = functools.reduce(getattr, parents, c)
+    part[last] = type(part[last])(-1)
+    with pytest.raises(ValueError, match=rf"^config\.{name}=-1(\.0)?: expected "):
+        check.config(c)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("stages", (), "some of shapes, vqvae"),
+        ("stages", ("vqvae", "sample"), "some of shapes, vqvae"),
+        ("shapes.n_frames", 1, "at least 2"),
+        ("vqvae.steps", 0, "a positive number"),
+        ("vqvae.n_codes", 1, "at least 2"),
+        ("vqvae.downsample", (4, 4), "three powers of two"),
+        ("vqvae.downsample", (4, 3, 4), "three powers of two"),
+        ("vqvae.downsample", (1, 1, 1), "one of them above 1"),
+        ("vqvae.dtype", "float16", "one of auto, float32, bfloat16"),
+        ("vqvae.n_frames", 6, r"a multiple of vqvae\.downsample\[0\]=4"),
+        ("vqvae.resolution", 30, r"a multiple of vqvae\.downsample\[1:\]=\(4, 4\)"),
+        ("vqvae.quantize_to", 0.05, r"at least vqvae\.quantize_from=0\.1"),
+        ("vqvae.quantize_to", 1.5, "a number from 0 to 1"),
+        ("vqvae.batch_size", 12, "a multiple of 8: 8 data devices"),
+        ("dit.size", "M", "one of S, B, L, XL"),
+        ("dit.size", "", "a positive number, since dit.size is empty"),
+        ("dit.text_mode", "concat", "one of cross_attention, in_context"),
+        ("dit.prediction", "noise", "one of velocity, data"),
+        ("dit.remat", "some", "one of none, dots, full"),
+        ("dit.dtype", "bf16", "one of auto, float32, bfloat16"),
+        ("dit.caption_dropout", 1.1, "a number from 0 to 1"),
+        ("dit.batch_size", 100, "a multiple of 8: 8 data devices"),
+        ("sample.guidance", 0.0, "a positive number"),
+    ],
+)
+def test_bad_values_are_named(name, value, expected):
+    c = load("default")
+    c.update_from_flattened_dict({name: value})
+    field = "dit.depth" if (name, value) == ("dit.size", "") else name
+    with pytest.raises(ValueError, match=rf"^config\.{field}=.*: expected .*{expected}") as caught:
+        check.config(c)
+    assert field != name or repr(value) in str(caught.value)
+
+
+def test_sizes_of_a_model_fit_each_other():
+    c = load("quickstart")
+    check.config(c)
+    c.dit.heads = 7
+    with pytest.raises(ValueError, match=rf"config\.dit\.width={c.dit.width}: .*dit\.heads=7"):
+        check.config(c)
+
+
+def test_batches_divide_over_devices_and_microbatches():
+    c = load("default")
+    c.dit.accumulate, c.dit.batch_size = 2, 24
+    with pytest.raises(ValueError, match=r"batch_size=24: .* 16: 8 data devices x dit.accumulate"):
+        check.config(c)
+    c.mesh.data, c.mesh.tensor = -1, 4
+    check.config(c)
+    c.mesh.fsdp = 3
+    with pytest.raises(ValueError, match="8 devices"):
+        check.config(c)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config=configs/quickstart.py", "--config.nope=1"], "nope"),
+        (["--config=configs/quickstart.py", "--config.vqvae.stepz=1"], "stepz.*steps"),
+        (["--config=configs/quickstart.py", "--config.vqva.steps=1"], "vqva.*vqvae"),
+        (["--config=configs/quickstart.py", "--config.vqvae.steps=many"], "vqvae.steps=many"),
+        (["--config=configs/quickstart.py", "--config.vqvae.steps=0"], r"vqvae\.steps=0: expected"),
+        (["--config=configs/nothing_here.py"], r"configs/nothing_here\.py"),
+        (["--config=configs/nothing_here.py", "--config.seed=1"], r"configs/nothing_here\.py"),
+    ],
+)
+def test_a_bad_command_line_ends_with_one_line(arguments, expected, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "opensora_jax.main", *arguments, f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("Pass --help")]
+    assert len(lines) == 1
+    assert re.search(expected, lines[0])
+    assert not (tmp_path / "run").exists()
