@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.data.text_model = ""  # CLIP folder or hub name; empty: a small random one, made on the spot
 
     # Sizes of the device mesh; -1 is what the others leave. A batch is divided over data x fsdp,
-    # parameters over fsdp and tensor, the token sequence over context.
+    # parameters over fsdp and tensor; context is for sequences, which are not divided yet.
     c.mesh = ConfigDict()
     c.mesh.data = -1
     c.mesh.fsdp = 1
@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
     c.vqvae.batch_size = 32  # clips a step, over all devices
     c.vqvae.accumulate = 1  # microbatches a step, when a batch does not fit
     c.vqvae.steps = 100_000
+    c.vqvae.optimizer = "adamw"
     c.vqvae.learning_rate = 3e-4  # peak, after warm-up
     c.vqvae.warmup_steps = 500
     c.vqvae.b1 = 0.9  # Adam's
@@ -102,6 +103,7 @@ def get_config() -> ConfigDict:
     c.dit.batch_size = 256  # examples a step, over all devices
     c.dit.accumulate = 1  # microbatches a step, when a batch does not fit
     c.dit.steps = 100_000
+    c.dit.optimizer = "adamw"  # or muon: fewer steps, each dearer
     c.dit.learning_rate = 1e-4  # peak, after warm-up
     c.dit.warmup_steps = 1000
     c.dit.b1 = 0.9  # Adam's

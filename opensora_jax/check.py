@@ -83,6 +83,7 @@ def config(c: ConfigDict) -> None:
     from opensora_jax import mesh
     from opensora_jax.diffusion import flow
     from opensora_jax.models import dit
+    from opensora_jax.train.optim import OPTIMIZERS
 
     for name in _POSITIVE:
         _expect(c, name, lambda v: v > 0, "a positive number")
@@ -113,6 +114,8 @@ def config(c: ConfigDict) -> None:
         lambda v: v in flow.PREDICTIONS,
         f"one of {', '.join(flow.PREDICTIONS)}",
     )
+    _expect(c, "dit.optimizer", lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+    _expect(c, "vqvae.optimizer", lambda v: v == "adamw", "adamw: it has no stacked blocks")
     sizes = ("", *dit.SIZES)
     _expect(c, "dit.size", lambda v: v in sizes, f"one of {', '.join(dit.SIZES)}, or empty")
     if not c.dit.size:
@@ -123,6 +126,7 @@ def config(c: ConfigDict) -> None:
             c, "dit.width", lambda v: v % even == 0, f"an even multiple of dit.heads={c.dit.heads}"
         )
     _check_video(c)
+    _expect(c, "mesh.context", lambda v: v == 1, "1: sequences are not divided over devices yet")
     shape = mesh.make_mesh(c.mesh).shape
     devices = shape["data"] * shape["fsdp"]
     for part in ("vqvae", "dit"):

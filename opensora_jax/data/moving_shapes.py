@@ -85,7 +85,7 @@ def render(
         )
     # Lengths are fractions of the frame side, x to the right and y down. "low" and "high" are how
     # far the shape reaches from its centroid towards smaller and larger coordinates.
-    diameter = rng.uniform(0.32, 0.44)  # of the circle; the other shapes have the circle's area
+    diameter = rng.uniform(0.4, 0.5)  # of the circle; the other shapes have the circle's area
     low, high = _extent(shape, diameter)
     margin = 0.02
     room = 1 - 2 * margin - low - high

@@ -1,5 +1,6 @@
 """What the training stages share: from the configuration to models, optimizers and shares."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from opensora_jax import files
 from opensora_jax.models import dit
 from opensora_jax.models.dit import DiT
 from opensora_jax.models.vqvae import VQVAE
-from opensora_jax.train import checkpoint, loop, optim
+from opensora_jax.train import loop, optim
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -95,8 +97,12 @@ def process_share(batch_size: int) -> dict[str, int]:
 
 
 def is_trained(folder: Path, steps: int) -> bool:
-    """Whether the last checkpoint in `folder` is of step `steps` or later."""
-    checkpoints = checkpoint.Checkpoints(folder)
-    last = checkpoints.latest_step
-    checkpoints.close()
-    return last is not None and last >= steps
+    """Whether a training in `folder` was marked as ended at step `steps` or later."""
+    marker = folder / "done.json"
+    return marker.exists() and json.loads(marker.read_text())["steps"] >= steps
+
+
+def mark_trained(folder: Path, steps: int) -> None:
+    """Says that the training in `folder` ended, evaluations included."""
+    if jax.process_index() == 0:
+        files.write_json(folder / "done.json", {"steps": steps})

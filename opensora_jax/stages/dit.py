@@ -106,6 +106,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         ),
         evaluations=evaluations,
     )
+    common.mark_trained(folder, c.steps)
 
 
 def _usable_rows(

@@ -47,6 +47,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
     source = pipeline.ClipSource(
         pipeline.find_videos(videos), c.n_frames, c.resolution, c.fps or None
     )
+    if all(source.clip(i, np.random.default_rng(0)) is None for i in range(len(source))):
+        raise ValueError(
+            f"{videos}: none of the {len(source)} videos can be used: expected readable videos of "
+            f"at least vqvae.n_frames={c.n_frames} frames"
+        )
     mesh = mesh_lib.make_mesh(config.mesh)
     batches = pipeline.clips(source, seed=config.seed, **common.process_share(c.batch_size))
     held_out = HeldOut(config, workdir, source)
@@ -61,6 +66,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         settings=common.settings(c, config.seed, tokens_per_step=_tokens(c)),
         evaluations=[loop.Evaluation(c.eval_every, lambda state: held_out(task, state, folder))],
     )
+    common.mark_trained(folder, c.steps)
 
 
 def _tokens(c: ConfigDict) -> int:
@@ -91,7 +97,13 @@ class HeldOut:
             source = pipeline.ClipSource(paths, c.n_frames, c.resolution, c.fps or None)
         n = min(N_EVALUATED, len(source))
         clips = [source.clip(i, np.random.default_rng(i)) for i in range(n)]
-        self._videos = np.stack([clip["video"] for clip in clips if clip is not None])
+        usable = [clip["video"] for clip in clips if clip is not None]
+        if not usable:
+            raise ValueError(
+                f"{source}: none of the first {n} can be used: expected readable videos of at "
+                f"least vqvae.n_frames={c.n_frames} frames"
+            )
+        self._videos = np.stack(usable)
         self._batch_size = min(c.batch_size, len(self._videos))
         self._fps = c.fps or config.shapes.fps
         self._eval_step = None

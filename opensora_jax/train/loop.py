@@ -1,6 +1,6 @@
 """The one training loop, for every task.
 
-Its order: restore, then for each step draw a batch, update, log, evaluate, save. A checkpoint is
+Its order: restore, then for each step draw a batch, update, log, save, evaluate. A checkpoint is
 taken after a step with the data iterator's state right then, so a resumed run sees the next batch.
 """
 
@@ -142,6 +142,14 @@ def fit(
         stack.enter_context(progress)
         window = _Window(settings)
 
+        def evaluate(step: int, is_last: bool) -> None:
+            for evaluation in evaluations:
+                if step % evaluation.every == 0 or is_last:
+                    log.write(step, window.paused(functools.partial(evaluation.run, state)))
+
+        if first >= settings.steps:  # stopped between the last checkpoint and its evaluations
+            evaluate(first, is_last=True)
+
         for step in range(first + 1, settings.steps + 1):
             batch = window.timed(lambda: mesh_lib.shard_batch(next(batches), mesh))
             with jax.transfer_guard("disallow"):
@@ -156,12 +164,11 @@ def fit(
                 progress.update(step - progress.n)
                 _check_finite(step, values, checkpoints.latest_step)
 
-            for evaluation in evaluations:
-                if step % evaluation.every == 0 or is_last:
-                    log.write(step, window.paused(functools.partial(evaluation.run, state)))
-
+            # First the checkpoint: an evaluation that fails must not lose what was trained.
             if step % settings.checkpoint_every == 0 or is_last:
                 checkpoints.save(step, state, batches.get_state())
+
+            evaluate(step, is_last)
     return state
 
 

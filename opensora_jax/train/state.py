@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from opensora_jax import mesh as mesh_lib
 
@@ -70,18 +70,20 @@ def state_shardings(
     """Shardings of a state of these (abstract) shapes."""
     whole = mesh_lib.replicated(mesh)
     params = task.param_shardings(mesh)
-    opt_state = optax.tree.map_params(
-        tx,
-        lambda _, sharding: sharding,
-        shapes.opt_state,
-        params,
-        transform_non_params=lambda _: whole,
-        is_leaf=lambda x: isinstance(x, NamedSharding),
-    )
+    by_path = {path: sharding for path, sharding in jax.tree.leaves_with_path(params)}
+
+    def like_its_parameter(path, leaf):
+        # An optimizer keeps its moments in trees like the parameters', somewhere within its state.
+        for start in range(len(path)):
+            sharding = by_path.get(path[start:])
+            if sharding is not None and len(sharding.spec) <= len(leaf.shape):
+                return sharding
+        return whole
+
     return TrainState(
         step=whole,
         params=params,
         ema=params,
-        opt_state=opt_state,
+        opt_state=jax.tree.map_with_path(like_its_parameter, shapes.opt_state),
         extra=jax.tree.map(lambda _: whole, shapes.extra),
     )

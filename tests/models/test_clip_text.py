@@ -67,13 +67,13 @@ def test_activations_differ_and_unknown_is_named():
     ids = np.array([[1, 2, 3]])
     one, other = (small(activation=a)(ids, ids > 0) for a in ("gelu", "quick_gelu"))
     assert 1e-6 < np.abs(one - other).max() < 0.1
-    with pytest.raises(ValueError, match="'swish'.*quick_gelu"):
+    with pytest.raises(ValueError, match=r"'swish'.*quick_gelu"):
         small(activation="swish")
 
 
 def test_shapes_are_checked():
     model = small()
-    with pytest.raises(ValueError, match="7 tokens.*6 positions"):
+    with pytest.raises(ValueError, match=r"7 tokens.*6 positions"):
         model(np.zeros((1, 7), int), np.ones((1, 7), int))
     with pytest.raises(ValueError, match="attention_mask"):
         model(np.zeros((1, 4), int), np.ones((1, 3), int))
