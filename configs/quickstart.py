@@ -25,14 +25,14 @@ def get_config() -> ConfigDict:
     c.vqvae.n_frames = 8
     c.vqvae.resolution = 32
     c.vqvae.batch_size = 8
-    c.vqvae.steps = 1000
+    c.vqvae.steps = 700
     c.vqvae.learning_rate = 4e-3
     c.vqvae.warmup_steps = 50
     c.vqvae.ema_decay = 0.995
     c.vqvae.quantize_from = 0.2
     c.vqvae.quantize_to = 0.4
-    c.vqvae.eval_every = 500
-    c.vqvae.checkpoint_every = 250
+    c.vqvae.eval_every = 350
+    c.vqvae.checkpoint_every = 175
 
     c.preprocess.resolution = 32
     c.preprocess.batch_size = 64
@@ -40,22 +40,23 @@ def get_config() -> ConfigDict:
     c.dit.size = ""
     c.dit.depth = 6
     c.dit.width = 128
-    c.dit.heads = 4
+    c.dit.heads = 2
     c.dit.patch = 4
     c.dit.batch_size = 32
-    c.dit.steps = 1800
+    c.dit.steps = 2000
+    c.dit.optimizer = "muon"
     c.dit.learning_rate = 2e-3
     c.dit.warmup_steps = 100
     c.dit.ema_decay = 0.99
     c.dit.remat = "none"
     c.dit.unroll = 6
-    c.dit.time_shift = 3.0
+    c.dit.time_shift = 6.0
     c.dit.prediction = "data"
-    c.dit.eval_every = 300
-    c.dit.checkpoint_every = 300
+    c.dit.eval_every = 400
+    c.dit.checkpoint_every = 200
 
     c.sample.steps = 30
-    c.sample.guidance = 3.0
+    c.sample.guidance = 2.0
     c.sample.prompts = (
         "a red circle moves to the left",
         "a blue square moves up",
