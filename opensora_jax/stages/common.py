@@ -71,7 +71,14 @@ def dit_maker(
 def optimizer(c: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of `config.vqvae` or `config.dit`, and its learning rates."""
     schedule = optim.schedule(c.learning_rate, c.warmup_steps, c.steps)
-    tx = optim.adamw(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay, clip_norm=c.clip_norm)
+    tx = optim.make(
+        c.optimizer,
+        schedule,
+        b1=c.b1,
+        b2=c.b2,
+        weight_decay=c.weight_decay,
+        clip_norm=c.clip_norm,
+    )
     return tx, schedule
 
 
