@@ -121,7 +121,7 @@ def fit(
       The final state, which is also the last checkpoint.
 
     Raises:
-      FloatingPointError: at a log step whose loss or gradient norm is not finite.
+      FloatingPointError: at a log or checkpoint step whose loss or gradient norm is not finite.
     """
     folder = epath.Path(folder)
     with contextlib.ExitStack() as stack:
@@ -166,6 +166,8 @@ def fit(
 
             # First the checkpoint: an evaluation that fails must not lose what was trained.
             if step % settings.checkpoint_every == 0 or is_last:
+                # A state that is not finite must not replace one that is.
+                _check_finite(step, jax.device_get(metrics), checkpoints.latest_step)
                 checkpoints.save(step, state, batches.get_state())
 
             evaluate(step, is_last)
