@@ -145,7 +145,9 @@ def fit(
         def evaluate(step: int, is_last: bool) -> None:
             for evaluation in evaluations:
                 if step % evaluation.every == 0 or is_last:
-                    log.write(step, window.paused(functools.partial(evaluation.run, state)))
+                    values = window.paused(functools.partial(evaluation.run, state))
+                    if values:
+                        log.write(step, values)
 
         if first >= settings.steps:  # stopped between the last checkpoint and its evaluations
             evaluate(first, is_last=True)
