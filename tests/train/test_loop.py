@@ -1,5 +1,6 @@
 """The training loop: steps, microbatches, resuming, what is not finite."""
 
+import functools
 import json
 
 import grain
@@ -13,6 +14,7 @@ from jax.sharding import AxisType
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
 from opensora_jax.train import checkpoint, loop, optim, writer
+from opensora_jax.train import state as state_lib
 
 N, D = 64, 4
 SPEEDS = ("tokens_per_second", "data_wait_share")
@@ -61,12 +63,18 @@ def batches(bad=None, shuffled=True):
     return iter(rows.repeat().batch(16, drop_remainder=True).to_iter_dataset())
 
 
-def fit(folder, task=None, data=None, evaluations=(), **given):
-    settings = loop.Settings(
+def optimizer(settings):
+    schedule = optim.schedule(0.3, 2, settings.steps)
+    tx = optim.make("adamw", schedule, b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0)
+    return tx, schedule
+
+
+def make_settings(**given):
+    return loop.Settings(
         **{
             "steps": 10,
             "seed": 0,
-            "ema_decay": 0.9,
+            "ema_decay": 0.99,
             "accumulate": 1,
             "log_every": 1,
             "checkpoint_every": 4,
@@ -74,17 +82,21 @@ def fit(folder, task=None, data=None, evaluations=(), **given):
         }
         | given
     )
-    schedule = optim.schedule(0.3, 2, settings.steps)
-    tx = optim.make("adamw", schedule, b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0)
-    mesh = jax.make_mesh(
+
+
+def one_device():
+    return jax.make_mesh(
         (1, 1, 1, 1), mesh_lib.AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:1]
     )
+
+
+def fit(folder, data=None, evaluations=(), **given):
+    settings = make_settings(**given)
     return loop.fit(
-        task or Linear(),
-        tx,
-        schedule,
+        Linear(noise=0.1),
+        *optimizer(settings),
         data or batches(),
-        mesh=mesh,
+        mesh=one_device(),
         folder=folder,
         settings=settings,
         evaluations=evaluations,
@@ -130,23 +142,27 @@ def test_it_learns_and_writes_what_it_measures(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_microbatches_are_one_batch(tmp_path):
-    states = {n: fit(tmp_path / str(n), accumulate=n) for n in (1, 2)}
-    for a, b in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
-        for name in ("loss", "grad_norm", "bias"):
-            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
-    for name in ("params", "ema"):
-        a, b = (getattr(states[n], name)["kernel"] for n in (1, 2))
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+def test_microbatches_are_one_batch():
+    task, batch = Linear(), next(batches())
+    states, measured = {}, {}
+    for n in (1, 2):
+        settings = make_settings(accumulate=n)
+        tx, schedule = optimizer(settings)
+        first, _ = state_lib.create(task, tx, one_device(), rngs.key(0, "init"))
+        update = jax.jit(functools.partial(loop.train_step, task, tx, schedule, settings))
+        states[n], _ = update(first, batch)  # without warm-up, the first step stands still
+        states[n], measured[n] = update(states[n], batch)
+    for name in ("loss", "grad_norm", "bias"):
+        assert float(measured[1][name]) == pytest.approx(float(measured[2][name]), rel=1e-5)
+    kernels = [np.asarray(states[n].params["kernel"]) for n in (1, 2)]
+    np.testing.assert_allclose(*kernels, rtol=1e-5)
+    assert np.abs(kernels[0] - first.params["kernel"]).max() > 0.1
     # The extra state passes from one microbatch to the next.
-    assert float(states[2].extra["calls"]) == 20
-
-
-def test_the_average_follows_closely_at_first(tmp_path):
-    state = fit(tmp_path, steps=1, ema_decay=0.999)
-    initial = jax.device_get(Linear().init(rngs.key(0, "init"))[0]["kernel"])
-    params, ema = (np.asarray(x["kernel"]) for x in (state.params, state.ema))
-    np.testing.assert_allclose(ema, 0.1 * initial + 0.9 * params, atol=1e-5)
+    assert float(states[1].extra["calls"]) == 2
+    assert float(states[2].extra["calls"]) == 4
+    # A young average follows closely: by 1 - 2 / 11 in the second step, not by 1 - 0.99.
+    expected = kernels[0] + 2 / 11 * (first.params["kernel"] - kernels[0])
+    np.testing.assert_allclose(states[1].ema["kernel"], expected, atol=1e-5)
 
 
 class Killed(BaseException):
@@ -164,34 +180,27 @@ def killed_at(step):
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    expected = fit(whole, Linear(noise=0.5))
+    expected = fit(whole)
     # Killed after step 7; the last checkpoint is of step 4.
     with pytest.raises(Killed):
-        fit(cut, Linear(noise=0.5), evaluations=killed_at(7))
-    assert [line["step"] for line in metrics(cut) if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
+        fit(cut, evaluations=killed_at(7))
+    assert [line["step"] for line in metrics(cut)] == [1, 2, 3, 4, 5, 6, 7]
     with (cut / "metrics.jsonl").open("a") as f:
         f.write('{"step": 8, "lo')  # and in the middle of a line
+    # Killed again, at the end, while it evaluates.
     steps = []
     watch = loop.Evaluation(1, lambda state: steps.append(int(state.step)) or {})
-    state = fit(cut, Linear(noise=0.5), evaluations=[watch])
+    with pytest.raises(Killed):
+        fit(cut, evaluations=[watch, *killed_at(10)])
     assert steps == [5, 6, 7, 8, 9, 10]
+    state = fit(cut, evaluations=[loop.Evaluation(4, lambda state: {"held_out": 1.0})])
     assert_identical(state, expected)
-    resumed = [line for line in metrics(cut) if "loss" in line]
-    assert without_speeds(resumed) == without_speeds(metrics(whole))
-    assert [line["step"] for line in resumed] == list(range(1, 11))
     for line in (cut / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
-
-
-def test_an_evaluation_that_was_cut_off_at_the_end_is_made_up_for(tmp_path):
-    with pytest.raises(Killed):
-        fit(tmp_path, evaluations=killed_at(10))
-    held_out = loop.Evaluation(4, lambda state: {"held_out": float(state.step)})
-    state = fit(tmp_path, evaluations=[held_out])
-    assert int(state.step) == 10
-    lines = metrics(tmp_path)
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
-    assert [line["held_out"] for line in lines if "held_out" in line] == [10]
+    resumed = [line for line in metrics(cut) if "loss" in line]
+    assert without_speeds(resumed) == without_speeds(metrics(whole))
+    # The evaluation that was cut off at the end is made up for.
+    assert [line["step"] for line in metrics(cut) if "held_out" in line] == [10]
 
 
 @pytest.mark.parametrize("log_every", [1, 5])

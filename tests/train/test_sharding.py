@@ -16,6 +16,8 @@ from opensora_jax.tasks.vqvae import VQVAETask
 from opensora_jax.train import loop, optim, writer
 
 STEPS, BATCH = 3, 8
+ALL_AXES = {"data": 2, "fsdp": 2, "tensor": 2}
+SINGLE_AXES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}]
 
 
 class Examples:
@@ -117,8 +119,10 @@ def share(array):
 @pytest.mark.parametrize(
     ("make_task", "optimizer", "meshes"),
     [
-        (dit_task, "muon", [{"data": 8}, {"fsdp": 4, "tensor": 2}]),
-        (vqvae_task, "adamw", [{"data": 2, "fsdp": 2, "tensor": 2}]),
+        (dit_task, "muon", [ALL_AXES]),
+        (vqvae_task, "adamw", [ALL_AXES]),
+        pytest.param(dit_task, "adamw", SINGLE_AXES, marks=pytest.mark.slow),
+        pytest.param(vqvae_task, "adamw", SINGLE_AXES, marks=pytest.mark.slow),
     ],
 )
 def test_losses_do_not_depend_on_the_mesh(make_task, optimizer, meshes, tmp_path):
