@@ -66,9 +66,10 @@ def test_render_keeps_the_shape_inside_and_moves_it(n_frames, resolution):
         assert video.shape == (n_frames, resolution, resolution, 3)
         assert video.dtype == np.uint8
         saturated = np.ptp(video.astype(int), axis=-1) > 70
-        border = saturated.copy()
-        border[:, 1:-1, 1:-1] = False
-        assert not border.any()
+        # The margin of 0.02 leaves a pixel at the border at most 36% covered, at 32 pixels.
+        border = np.ptp(video.astype(int), axis=-1)
+        border[:, 1:-1, 1:-1] = 0
+        assert border.max() < 0.45 * 255
         centers = np.array([np.argwhere(frame).mean(0) for frame in saturated])
         moved = (centers[-1] - centers[0]) / resolution
         along, across = (moved[1], moved[0]) if direction in ("left", "right") else moved
