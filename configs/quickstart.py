@@ -4,6 +4,11 @@
 
 Generates videos of moving shapes, trains a VQ-VAE on them, encodes them and their captions, trains
 a small DiT on the codes, grades its samples and writes a report.
+
+Cost: 21 minutes and 1.9 GiB on 2 CPU cores.
+
+Expected result: reconstructions of unseen videos keep color, shape and direction in 99%; of the
+samples, 71% show all of their caption, and 57% of those of combinations that were held out.
 """
 
 from ml_collections import ConfigDict
@@ -56,7 +61,7 @@ def get_config() -> ConfigDict:
     c.dit.checkpoint_every = 200
 
     c.sample.steps = 30
-    c.sample.guidance = 3.0
+    c.sample.guidance = 2.0
     c.sample.prompts = (
         "a red circle moves to the left",
         "a blue square moves up",

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts_file", help="a text file with one prompt a line")
     add("--output", default="out.mp4", help=".mp4 or .gif; several prompts are numbered")
     add("--steps", type=_positive(int), default=30, help="Euler steps")
-    add("--guidance", type=_positive(float), default=3.0, help="guidance scale; 1 is off")
+    add("--guidance", type=_positive(float), default=2.0, help="guidance scale; 1 is off")
     add("--seed", type=int, default=0, help="of the noise; the same seed gives the same bytes")
     add("--frames", type=_positive(int), help="frames of a video [as in training]")
     add("--height", type=_positive(int), help="pixels [as in training]")
