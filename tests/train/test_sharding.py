@@ -20,7 +20,7 @@ from opensora_jax.train.state import TrainState
 
 STEPS, BATCH = 3, 8
 ALL_AXES = {"data": 2, "fsdp": 2, "tensor": 2}
-SINGLE_AXES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}]
+OTHER_AXES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}]
 
 
 class Examples:
@@ -37,12 +37,12 @@ class Examples:
         return {name: array[i] for name, array in self._arrays.items()}
 
 
-def dit_task():
+def dit_task(width=32):
     rng = np.random.default_rng(0)
     codebook = rng.normal(size=(16, 4)).astype(np.float32)
     task = DiTTask(
         partial_model(
-            DiT, depth=2, width=32, heads=2, channels=4, out_channels=4, patch=2, text_width=6
+            DiT, depth=2, width=width, heads=2, channels=4, out_channels=4, patch=2, text_width=6
         ),
         Latents(codebook, np.ones(16)),
         caption_dropout=0.3,
@@ -57,12 +57,12 @@ def dit_task():
     )
 
 
-def vqvae_task():
+def vqvae_task(width=8):
     make = partial_model(
         VQVAE,
         n_codes=16,
         embedding_dim=4,
-        n_hiddens=8,
+        n_hiddens=width,
         n_res_layers=0,
         downsample=(1, 2, 2),
         normalize_latents=True,
@@ -121,9 +121,8 @@ def train(folder, make_task, optimizer, mesh):
     ("make_task", "optimizer", "meshes"),
     [
         (dit_task, "adamw", [ALL_AXES]),
-        (vqvae_task, "adamw", [ALL_AXES]),
-        pytest.param(dit_task, "muon", SINGLE_AXES, marks=pytest.mark.slow),
-        pytest.param(vqvae_task, "adamw", SINGLE_AXES, marks=pytest.mark.slow),
+        pytest.param(dit_task, "muon", OTHER_AXES, marks=pytest.mark.slow),
+        pytest.param(vqvae_task, "adamw", [ALL_AXES, *OTHER_AXES], marks=pytest.mark.slow),
     ],
 )
 def test_losses_do_not_depend_on_the_mesh(make_task, optimizer, meshes, tmp_path):
@@ -144,7 +143,7 @@ def test_losses_do_not_depend_on_the_mesh(make_task, optimizer, meshes, tmp_path
 @pytest.mark.parametrize("make_task", [dit_task, vqvae_task])
 @pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
 def test_a_device_holds_its_part_of_the_state(make_task, optimizer):
-    task, _ = make_task()
+    task, _ = make_task(width=128)
     mesh = make_mesh(fsdp=4, tensor=2)
     tx, _ = make_optimizer(optimizer)
     params, extra = jax.eval_shape(task.init, jax.random.key(0))
@@ -157,7 +156,7 @@ def test_a_device_holds_its_part_of_the_state(make_task, optimizer):
     )
     shardings = state_lib.state_shardings(task, tx, mesh, shapes)
 
-    def held(part):
+    def held(part: str) -> float:
         """Share of the numbers of a part of the state that a device holds."""
         arrays = jax.tree.leaves(getattr(shapes, part))
         theirs = jax.tree.leaves(getattr(shardings, part))
@@ -167,7 +166,7 @@ def test_a_device_holds_its_part_of_the_state(make_task, optimizer):
         ]
         return sum(n_held) / sum(x.size for x in arrays)
 
-    # Biases, norms and what eight devices do not divide stay whole.
-    assert held("params") < 0.25
+    # More than an eighth: what few numbers eight devices do not divide stay whole.
+    assert held("params") < 0.2
     assert held("ema") == held("params")
-    assert held("opt_state") == pytest.approx(held("params"), rel=0.05)
+    assert held("opt_state") < 0.2
