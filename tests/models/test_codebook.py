@@ -72,10 +72,11 @@ def is_row_of(rows, z):
 
 
 def test_the_first_step_takes_codes_from_the_encoder_outputs():
-    z = 100 + normal(0, 40, 3)  # far from the initial codes
+    z = 10 + normal(0, 40, 3)  # far from the initial codes
     codebook = Codebook(16, 3, decay=1.0, rngs=nnx.Rngs(0))
-    codebook.update(jnp.asarray(z), KEY)
+    codes = codebook.update(jnp.asarray(z), KEY)
     rows = np.asarray(codebook.embeddings[...])
+    np.testing.assert_array_equal(codes, brute_force(z, rows))
     np.testing.assert_allclose(
         np.abs(rows[:, None] - z[None]).max(-1).min(-1), 0.0, atol=1e-4
     )  # each is one of them,
