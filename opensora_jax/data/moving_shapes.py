@@ -72,8 +72,8 @@ def render(
 ) -> np.ndarray:
     """Draws one video, uint8 (n_frames, resolution, resolution, 3).
 
-    The generator decides size, start, speed, exact hue and background. All shapes of one drawn size
-    have the same area; the shape travels 25-50% of the frame side and is wholly visible throughout.
+    The generator decides size, start, speed, exact hue and background. The shape travels
+    25-50% of the frame side and is wholly visible throughout.
 
     Raises:
       ValueError: an unknown attribute, fewer than 2 frames or a resolution below 16.
@@ -85,7 +85,9 @@ def render(
         )
     # Lengths are fractions of the frame side, x to the right and y down. "low" and "high" are how
     # far the shape reaches from its centroid towards smaller and larger coordinates.
-    diameter = rng.uniform(0.4, 0.5)  # of the circle; the other shapes have the circle's area
+    # Of the circle. The square is as wide, so that its corners stick out; one of the circle's area
+    # differs from it by few pixels. The triangle has the circle's area, or it would be too wide.
+    diameter = rng.uniform(0.4, 0.5)
     low, high = _extent(shape, diameter)
     margin = 0.02
     room = 1 - 2 * margin - low - high
@@ -189,10 +191,6 @@ def _check_combination(color, shape, direction):
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
 
 
-def _square_side(diameter):
-    return diameter * np.sqrt(np.pi) / 2
-
-
 def _triangle_side(diameter):
     return diameter * np.sqrt(np.pi / np.sqrt(3))
 
@@ -203,7 +201,7 @@ def _extent(shape, diameter):
         side = _triangle_side(diameter)
         height = side * np.sqrt(3) / 2
         return np.array([side / 2, 2 / 3 * height]), np.array([side / 2, height / 3])
-    half = (diameter if shape == "circle" else _square_side(diameter)) / 2
+    half = diameter / 2
     return np.array([half, half]), np.array([half, half])
 
 
@@ -212,7 +210,7 @@ def _signed_distance(shape, x, y, diameter):
     if shape == "circle":
         return np.hypot(x, y) - diameter / 2
     if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - _square_side(diameter) / 2
+        return np.maximum(np.abs(x), np.abs(y)) - diameter / 2
     # Equilateral, one corner up: all three sides lie an inradius from the centroid.
     inradius = _triangle_side(diameter) / (2 * np.sqrt(3))
     return np.maximum(np.abs(x) * np.sqrt(3) / 2 - y / 2, y) - inradius

@@ -76,9 +76,9 @@ def test_render_keeps_the_shape_inside_and_moves_it(n_frames, resolution):
         sign = 1 if direction in ("right", "down") else -1
         assert 0.2 < sign * along < 0.55
         assert abs(across) < 0.02
-        # About the same area for every shape, and no change of it on the way.
+        # Large enough to see, and no change of size on the way.
         areas = saturated.mean((1, 2))
-        assert 0.1 < areas.min() <= areas.max() < 0.22
+        assert 0.1 < areas.min() <= areas.max() < 0.27
         assert areas.max() < 1.25 * areas.min()
 
 
