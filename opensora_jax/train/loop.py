@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -111,11 +111,14 @@ def fit(
     folder: epath.PathLike,
     settings: Settings,
     evaluations: Sequence[Evaluation] = (),
+    start_from: Callable[[], Mapping[str, Any]] = dict,
 ) -> TrainState:
     """Trains to `settings.steps`, going on from the last checkpoint in `folder` if there is one.
 
     Args:
       batches: a Grain iterator (`get_state`, `set_state`) of this process's share of each batch.
+      start_from: called where there is no checkpoint; gives `state.create` the parameters that a
+        new training starts from, the others being random.
 
     Returns:
       The final state, which is also the last checkpoint.
@@ -126,8 +129,10 @@ def fit(
     folder = epath.Path(folder)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(folder)))
-        state, shardings = state_lib.create(task, tx, mesh, rngs.key(settings.seed, "init"))
-        if checkpoints.latest_step is not None:
+        is_new = checkpoints.latest_step is None
+        key = rngs.key(settings.seed, "init")
+        state, shardings = state_lib.create(task, tx, mesh, key, start_from() if is_new else None)
+        if not is_new:
             state, data_state = checkpoints.restore(state)
             batches.set_state(data_state)
             logger.info("%s: going on from step %d", folder.name, int(state.step))

@@ -1,5 +1,6 @@
 """The train state: everything that resumes, in one pytree."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -43,11 +44,19 @@ class TrainState:
 
 
 def create(
-    task: Task, tx: optax.GradientTransformation, mesh: Mesh, key: jax.Array
+    task: Task,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    key: jax.Array,
+    start_from: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, TrainState]:
     """A new state, made where it is to live, and its shardings.
 
     EMA and optimizer moments are sharded as their parameter is; the rest is replicated.
+
+    Args:
+      start_from: a part of the tree of parameters, of numpy arrays that take the place of random
+        ones; the average starts there too.
     """
 
     def init(key):
@@ -61,7 +70,26 @@ def create(
         )
 
     shardings = state_shardings(task, tx, mesh, jax.eval_shape(init, key))
-    return jax.jit(init, out_shardings=shardings)(key), shardings
+    state = jax.jit(init, out_shardings=shardings)(key)
+    if start_from:
+        params, ema = (_with_values(tree, start_from) for tree in (state.params, state.ema))
+        state = state.replace(params=params, ema=ema)
+    return state, shardings
+
+
+def _with_values(tree: PyTree, values: PyTree) -> PyTree:
+    """`tree` with the arrays that `values` has at the same place, sharded as those they replace."""
+    by_path = dict(jax.tree.leaves_with_path(values))
+
+    def choose(path, leaf):
+        if path not in by_path:
+            return leaf
+        # Not device_put, which would send every process's array to all of its devices.
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: by_path[path][index]
+        )
+
+    return jax.tree.map_with_path(choose, tree)
 
 
 def state_shardings(
