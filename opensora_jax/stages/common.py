@@ -15,7 +15,8 @@ from opensora_jax import files
 from opensora_jax.models import dit
 from opensora_jax.models.dit import DiT
 from opensora_jax.models.vqvae import VQVAE
-from opensora_jax.train import loop, optim
+from opensora_jax.train import optim
+from opensora_jax.train.step import Settings
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -82,8 +83,8 @@ def optimizer(c: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedu
     return tx, schedule
 
 
-def settings(c: ConfigDict, seed: int, tokens_per_step: int) -> loop.Settings:
-    return loop.Settings(
+def settings(c: ConfigDict, seed: int, tokens_per_step: int) -> Settings:
+    return Settings(
         steps=c.steps,
         seed=seed,
         ema_decay=c.ema_decay,

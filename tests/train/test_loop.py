@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
-from opensora_jax.train import checkpoint, loop, optim, writer
+from opensora_jax.train import checkpoint, loop, optim, step, writer
 from opensora_jax.train import state as state_lib
 
 N, D = 64, 4
@@ -149,7 +149,7 @@ def test_microbatches_are_one_batch():
         settings = make_settings(accumulate=n)
         tx, schedule = optimizer(settings)
         first, _ = state_lib.create(task, tx, one_device(), rngs.key(0, "init"))
-        update = jax.jit(functools.partial(loop.train_step, task, tx, schedule, settings))
+        update = jax.jit(functools.partial(step.train_step, task, tx, schedule, settings))
         states[n], _ = update(first, batch)  # without warm-up, the first step stands still
         states[n], measured[n] = update(states[n], batch)
     for name in ("loss", "grad_norm", "bias"):
