@@ -1,5 +1,6 @@
 """Checks a configuration before anything is compiled or written."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -74,8 +75,11 @@ _SHARES = [
 ]
 
 
-def config(c: ConfigDict) -> None:
+def config(c: ConfigDict, devices: Sequence | None = None) -> None:
     """Checks every field that can be checked without looking at data or devices' memory.
+
+    Args:
+      devices: that the mesh is made of; None means those of this run.
 
     Raises:
       ValueError: naming the field, its value and what was expected.
@@ -127,15 +131,15 @@ def config(c: ConfigDict) -> None:
         )
     _check_video(c)
     _expect(c, "mesh.context", lambda v: v == 1, "1: sequences are not divided over devices yet")
-    shape = mesh.make_mesh(c.mesh).shape
-    devices = shape["data"] * shape["fsdp"]
-    for part in ("vqvae", "dit"):
-        pieces = devices * c[part].accumulate
+    shape = mesh.make_mesh(c.mesh, devices).shape
+    n_data = shape["data"] * shape["fsdp"]
+    for part in (stage for stage in ("vqvae", "dit") if stage in c.stages):
+        pieces = n_data * c[part].accumulate
         _expect(
             c,
             f"{part}.batch_size",
             lambda v, pieces=pieces: v % pieces == 0,
-            f"a multiple of {pieces}: {devices} data devices x {part}.accumulate",
+            f"a multiple of {pieces}: {n_data} data devices x {part}.accumulate",
         )
 
 

@@ -13,39 +13,19 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from opensora_jax import check, files
+from opensora_jax import check, cli, files
 
 logger = logging.getLogger("opensora_jax.main")  # not __main__, which it runs as
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; by default runs/ and the config's name."
 )
-
-# What a bad configuration, bad data or a missing file raises, told without a traceback.
-_USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the flags; a config that cannot be read, or has no such field, is told in one line."""
-    try:
-        rest = app.parse_flags_with_usage(argv)
-        _CONFIG.value.lock()  # what could not be loaded says so only when it is used
-    except (KeyError, AttributeError) as error:
-        # ml_collections tells an unknown field by a KeyError, or by one made an AttributeError.
-        unknown = error if isinstance(error, KeyError) else error.__context__
-        if not isinstance(unknown, KeyError):
-            raise
-        sys.exit(f"error: --config has no such field: {' '.join(unknown.args[0].split())}")
-    except OSError as error:
-        sys.exit(f"error: --config: {str(error).splitlines()[-1].strip()}")
-    return rest
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = _CONFIG.value
+    config = cli.CONFIG.value
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name).absolute()
     # Ours speak; Orbax and JAX only when something is wrong.
@@ -54,7 +34,7 @@ def main(argv: list[str]) -> None:
     try:
         check.config(config)
         run(config, workdir)
-    except _USER_ERRORS as error:
+    except cli.USER_ERRORS as error:
         logger.debug("stopped", exc_info=True)
         sys.exit(f"error: {error}")
 
@@ -95,4 +75,4 @@ def _add_seconds(workdir: Path, stage: str, seconds: float) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=cli.parse_flags)

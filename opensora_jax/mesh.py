@@ -1,7 +1,7 @@
 """The device mesh, and the one table that maps logical axes of arrays onto it."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -29,14 +29,17 @@ RULES: Mapping[str, str | None] = {
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices; `sizes` gives each axis of `AXES` a size, -1 meaning the rest.
+
+    Args:
+      devices: others than those of this run, to compile for them.
 
     Raises:
       ValueError: if an axis is unknown or missing, or the sizes do not multiply to the number of
         devices.
     """
-    n = jax.device_count()
+    n = jax.device_count() if devices is None else len(devices)
     if set(sizes) != set(AXES):
         raise ValueError(f"mesh={dict(sizes)}: expected the axes {', '.join(AXES)}")
     shape = [sizes[axis] for axis in AXES]
@@ -46,7 +49,8 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     if n % known or (-1 not in shape and known != n):
         raise ValueError(f"mesh={dict(sizes)}: the sizes do not divide the {n} devices evenly")
     shape = [n // known if s == -1 else s for s in shape]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
 
 
 def partition_spec(shape: tuple[int, ...], axes: Iterable[str | None], mesh: Mesh) -> PartitionSpec:

@@ -1,6 +1,8 @@
 """What the training stages share: from the configuration to models, optimizers and shares."""
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from opensora_jax import files
-from opensora_jax.models import dit
+from opensora_jax.models import dit, flops
 from opensora_jax.models.dit import DiT
 from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.train import optim
 from opensora_jax.train.step import Settings
 
@@ -92,6 +95,58 @@ def settings(c: ConfigDict, seed: int, tokens_per_step: int) -> Settings:
         log_every=c.log_every,
         checkpoint_every=c.checkpoint_every,
         tokens_per_step=tokens_per_step,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTTraining:
+    """The training of a DiT, without its data."""
+
+    dit: dict[str, Any]  # arguments of the model, for JSON
+    task: DiTTask
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    settings: Settings
+    flops_per_step: float  # over all devices, by formula
+
+
+def dit_training(
+    config: ConfigDict,
+    latents: Latents,
+    *,
+    grid: tuple[int, int, int],
+    text_length: int,
+    text_width: int,
+) -> DiTTraining:
+    """What `config` makes of latents of this (T, H, W) `grid` and texts of these sizes.
+
+    Raises:
+      ValueError: where the patch does not divide the grid.
+    """
+    c = config.dit
+    if any(n % c.patch for n in grid[1:]):
+        raise ValueError(
+            f"dit.patch={c.patch}: expected a divisor of the latents' {grid[1]}x{grid[2]}"
+        )
+    arguments = dit_arguments(c, channels=latents.channels, text_width=text_width)
+    task = DiTTask(
+        dit_maker(arguments, dtype=c.dtype, remat=c.remat, unroll=c.unroll),
+        latents,
+        caption_dropout=c.caption_dropout,
+        time_shift=c.time_shift,
+        prediction=c.prediction,
+    )
+    tx, schedule = optimizer(c)
+    tokens = c.batch_size * math.prod(grid) // c.patch**2
+    return DiTTraining(
+        dit=arguments,
+        task=task,
+        tx=tx,
+        schedule=schedule,
+        settings=settings(c, config.seed, tokens_per_step=tokens),
+        flops_per_step=flops.dit_step_flops(
+            arguments, grid=grid, text_length=text_length, batch_size=c.batch_size
+        ),
     )
 
 

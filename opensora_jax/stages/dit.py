@@ -42,27 +42,21 @@ def run(config: ConfigDict, workdir: Path) -> None:
     n_frames = c.n_latent_frames or int(data.latent_shapes[:, 0].min())
     text_length = c.text_length or int(data.text_lengths.max())
     rows, validation_rows = _usable_rows(data, n_frames, c.validation_share)
-    grid = [n_frames, *(int(n) for n in data.latent_shapes[0, 1:])]
-    if any(n % c.patch for n in grid[1:]):
-        raise ValueError(
-            f"dit.patch={c.patch}: expected a divisor of the latents' {grid[1]}x{grid[2]}"
-        )
+    grid = (n_frames, *(int(n) for n in data.latent_shapes[0, 1:]))
     latents = Latents(data.codebook, data.code_counts)
-    arguments = common.dit_arguments(
-        c, channels=latents.channels, text_width=data.metadata["text_width"]
-    )
-    task = DiTTask(
-        common.dit_maker(arguments, dtype=c.dtype, remat=c.remat, unroll=c.unroll),
+    training = common.dit_training(
+        config,
         latents,
-        caption_dropout=c.caption_dropout,
-        time_shift=c.time_shift,
-        prediction=c.prediction,
+        grid=grid,
+        text_length=text_length,
+        text_width=data.metadata["text_width"],
     )
+    task = training.task
     checkpoint.claim(
         folder,
         {
-            "dit": arguments,
-            "latent_grid": grid,
+            "dit": training.dit,
+            "latent_grid": list(grid),
             "text_length": text_length,
             "time_shift": c.time_shift,
             "prediction": c.prediction,
@@ -85,7 +79,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
         )
 
     mesh = mesh_lib.make_mesh(config.mesh)
-    tx, schedule = common.optimizer(c)
     evaluations = []
     if len(validation_rows):
         evaluations.append(
@@ -96,14 +89,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     )
     loop.fit(
         task,
-        tx,
-        schedule,
+        training.tx,
+        training.schedule,
         batches(rows, config.seed),
         mesh=mesh,
         folder=folder,
-        settings=common.settings(
-            c, config.seed, tokens_per_step=c.batch_size * int(np.prod(grid)) // c.patch**2
-        ),
+        settings=training.settings,
         evaluations=evaluations,
     )
     common.mark_trained(folder, c.steps)
