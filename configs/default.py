@@ -118,6 +118,10 @@ def get_config() -> ConfigDict:
     c.dit.eval_every = 2000  # steps between validations and sample videos
     c.dit.checkpoint_every = 1000  # steps
 
+    # What bench and plan, which see no data, cannot take from elsewhere.
+    c.bench = ConfigDict()
+    c.bench.text_width = 512  # width of the text features: 512 of CLIP's base models, 768 of large
+
     # Samples drawn during training, for the report and by opensora_jax.sample by default.
     c.sample = ConfigDict()
     c.sample.steps = 50  # Euler steps

@@ -42,6 +42,7 @@ _POSITIVE = [
     "dit.log_every",
     "dit.eval_every",
     "dit.checkpoint_every",
+    "bench.text_width",
     "sample.steps",
     "sample.guidance",
     "fidelity.n_samples",

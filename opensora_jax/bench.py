@@ -1,0 +1,147 @@
+"""Times the DiT's train step of a configuration on synthetic batches.
+
+python -m opensora_jax.bench --config=configs/msrvtt.py --steps=20
+
+Needs no data, and of the dependencies only jax, flax, optax and ml_collections.
+"""
+
+import dataclasses
+import itertools
+import statistics
+import sys
+import time
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from opensora_jax import check, cli, hardware, rngs, synthetic
+from opensora_jax import mesh as mesh_lib
+from opensora_jax.models import flops
+from opensora_jax.train import state as state_lib
+from opensora_jax.train import step as step_lib
+
+# Steps before the clock starts: the first ones allocate.
+WARMUP_STEPS = 2
+
+_STEPS = flags.DEFINE_integer("steps", 10, "Steps to time.", lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Of one training step on all devices."""
+
+    device_kind: str
+    n_devices: int
+    n_parameters: int
+    batch_size: int
+    tokens: int  # video tokens of an example
+    flops: float  # by formula, see `models.flops`
+    seconds: float  # median
+    peak_bytes: int  # of one device
+    compile_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch_size * self.tokens / self.seconds
+
+    @property
+    def flops_per_second(self) -> float:
+        """Of one device."""
+        return self.flops / self.seconds / self.n_devices
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilization in [0, 1]; None where the device's peak is not known."""
+        peak = hardware.peak_flops(self.device_kind)
+        return None if peak is None else self.flops_per_second / peak
+
+
+class Bench:
+    """The compiled step of a configuration, its state and a batch, ready to be timed."""
+
+    def __init__(self, config: ConfigDict):
+        training = synthetic.training(config)
+        mesh = mesh_lib.make_mesh(config.mesh)
+        self._state, shardings = state_lib.create(
+            training.task, training.tx, mesh, rngs.key(config.seed, "init")
+        )
+        self._batch = mesh_lib.shard_batch(synthetic.batch(config), mesh)
+        step = step_lib.jit_train_step(
+            training.task, training.tx, training.schedule, training.settings, shardings
+        )
+        start = time.perf_counter()
+        self._step = step.lower(self._state, self._batch).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self._facts = {
+            "device_kind": jax.devices()[0].device_kind,
+            "n_devices": mesh.size,
+            "n_parameters": flops.dit_parameters(training.dit),
+            "batch_size": config.dit.batch_size,
+            "tokens": synthetic.n_tokens(config),
+            "flops": training.flops_per_step,
+        }
+
+    def run(self, steps: int) -> list[float]:
+        """Seconds of each of so many steps, one step being queued while another runs."""
+        ends, previous = [time.perf_counter()], None
+        for _ in range(steps):
+            self._state, metrics = self._step(self._state, self._batch)
+            if previous is not None:
+                jax.block_until_ready(previous)
+                ends.append(time.perf_counter())
+            previous = metrics
+        jax.block_until_ready(previous)
+        ends.append(time.perf_counter())
+        return [end - start for start, end in itertools.pairwise(ends)]
+
+    def peak_bytes(self) -> int:
+        """Most bytes in use on a device; what the compiler plans for where none are counted."""
+        counted = jax.local_devices()[0].memory_stats()
+        if counted:
+            return counted["peak_bytes_in_use"]
+        planned = self._step.memory_analysis()
+        arguments = planned.argument_size_in_bytes - planned.alias_size_in_bytes
+        return arguments + planned.output_size_in_bytes + planned.temp_size_in_bytes
+
+    def measure(self, steps: int) -> Measurement:
+        self.run(WARMUP_STEPS)
+        return Measurement(
+            seconds=statistics.median(self.run(steps)),
+            peak_bytes=self.peak_bytes(),
+            compile_seconds=self.compile_seconds,
+            **self._facts,
+        )
+
+
+def table(m: Measurement) -> str:
+    """A measurement as a table in Markdown; what is not known is a dash."""
+    columns = {
+        "device": f"{m.n_devices} x {m.device_kind}",
+        "parameters": f"{m.n_parameters / 1e6:.1f} M",
+        "batch": f"{m.batch_size} x {m.tokens} tokens",
+        "ms/step": f"{1e3 * m.seconds:.1f}",
+        "tokens/s": f"{m.tokens_per_second:,.0f}",
+        "TFLOP/s a device": f"{m.flops_per_second / 1e12:.3g}",
+        "MFU": "-" if m.mfu is None else f"{m.mfu:.1%}",
+        "peak memory a device": f"{m.peak_bytes / 2**30:.2f} GiB",
+        "compile": f"{m.compile_seconds:.1f} s",
+    }
+    rows = (columns, ["---"] * len(columns), columns.values())
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    config = cli.CONFIG.value
+    try:
+        check.config(config)
+        print(table(Bench(config).measure(_STEPS.value)))
+    except cli.USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=cli.parse_flags)

@@ -1,0 +1,72 @@
+"""The training of a DiT without data, for what measures or plans it.
+
+The sizes are those that the configuration's videos and captions have: latents by
+`preprocess.resolution`, `dit.n_latent_frames` and the VQ-VAE's strides, texts by `dit.text_length`
+and `bench.text_width`.
+"""
+
+import math
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from opensora_jax.stages import common
+from opensora_jax.tasks.dit import Latents
+
+# CLIP's longest text, for configurations that leave the length to the data.
+_TEXT_LENGTH = 77
+
+
+def latent_grid(config: ConfigDict) -> tuple[int, int, int]:
+    """(T, H, W) of an example's latents."""
+    t, h, w = config.vqvae.downsample
+    n_frames = config.dit.n_latent_frames or config.vqvae.n_frames // t
+    return n_frames, config.preprocess.resolution // h, config.preprocess.resolution // w
+
+
+def n_tokens(config: ConfigDict) -> int:
+    """Video tokens of an example."""
+    return math.prod(latent_grid(config)) // config.dit.patch**2
+
+
+def text_length(config: ConfigDict) -> int:
+    return config.dit.text_length or _TEXT_LENGTH
+
+
+def training(config: ConfigDict) -> common.DiTTraining:
+    """The training of `config.dit` on a random codebook of the size of `config.vqvae`."""
+    size = (config.vqvae.n_codes, config.vqvae.embedding_dim)
+    table = np.random.default_rng(0).standard_normal(size, np.float32)
+    return common.dit_training(
+        config,
+        Latents.from_table(table),
+        grid=latent_grid(config),
+        text_length=text_length(config),
+        text_width=config.bench.text_width,
+    )
+
+
+def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch."""
+    b, s = config.dit.batch_size, text_length(config)
+    return {
+        "codes": jax.ShapeDtypeStruct((b, *latent_grid(config)), np.int32),
+        "text": jax.ShapeDtypeStruct((b, s, config.bench.text_width), np.float32),
+        "text_length": jax.ShapeDtypeStruct((b,), np.int32),
+    }
+
+
+def batch(config: ConfigDict) -> dict[str, np.ndarray]:
+    """This process's share of a random batch."""
+    rng = np.random.default_rng(jax.process_index())
+    shapes = {
+        name: (x.shape[0] // jax.process_count(), *x.shape[1:])
+        for name, x in batch_shapes(config).items()
+    }
+    longest = text_length(config)
+    return {
+        "codes": rng.integers(config.vqvae.n_codes, size=shapes["codes"], dtype=np.int32),
+        "text": rng.standard_normal(shapes["text"], np.float32),
+        "text_length": rng.integers(1, longest + 1, size=shapes["text_length"], dtype=np.int32),
+    }
