@@ -90,6 +90,9 @@ def get_config() -> ConfigDict:
     c.dit.depth = 0
     c.dit.width = 0
     c.dit.heads = 0
+    # A checkpoint of facebookresearch/DiT of the same depth, width and heads, such as
+    # DiT-XL-2-256x256.pt: a new training starts from its blocks. Empty: from scratch.
+    c.dit.init_from = ""
     c.dit.patch = 2  # a token is 1 x patch x patch latents
     c.dit.text_mode = "cross_attention"  # or in_context: text tokens join the sequence
     c.dit.text_length = 0  # tokens a caption is padded or cut to; 0: the longest in the data

@@ -1,6 +1,7 @@
 """Checks a configuration before anything is compiled or written."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -121,6 +122,9 @@ def config(c: ConfigDict, devices: Sequence | None = None) -> None:
     )
     _expect(c, "dit.optimizer", lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
     _expect(c, "vqvae.optimizer", lambda v: v == "adamw", "adamw: it has no stacked blocks")
+    _expect(
+        c, "dit.init_from", lambda v: not v or Path(v).is_file(), "a file that is there, or empty"
+    )
     sizes = ("", *dit.SIZES)
     _expect(c, "dit.size", lambda v: v in sizes, f"one of {', '.join(dit.SIZES)}, or empty")
     if not c.dit.size:

@@ -75,6 +75,7 @@ def test_no_number_may_be_negative(name):
         ("dit.size", "M", "one of S, B, L, XL"),
         ("dit.size", "", "a positive number, since dit.size is empty"),
         ("dit.text_mode", "concat", "one of cross_attention, in_context"),
+        ("dit.init_from", "nothing_here.pt", "a file that is there, or empty"),
         ("dit.prediction", "noise", "one of velocity, data"),
         ("dit.remat", "some", "one of none, dots, full"),
         ("dit.dtype", "bf16", "one of auto, float32, bfloat16"),

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
+from opensora_jax.convert.dit import open_blocks
 from opensora_jax.data import dataset, pipeline
 from opensora_jax.data.dataset import LatentDataset
 from opensora_jax.generation import Generator
@@ -33,7 +34,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     Raises:
       DatasetError: no dataset, or one that is not as expected.
-      ValueError: the folder holds the training of another model, or sizes that do not fit.
+      ValueError: the folder holds the training of another model, or sizes or `dit.init_from` do
+        not fit.
     """
     c = config.dit
     folder = Path(workdir) / "dit"
@@ -52,6 +54,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
         text_width=data.metadata["text_width"],
     )
     task = training.task
+    start_from = dict
+    if c.init_from:  # checked before the folder is claimed, so that sizes can still be changed
+        start_from = open_blocks(c.init_from, common.dit_maker(training.dit, dtype=c.dtype))
     checkpoint.claim(
         folder,
         {
@@ -96,6 +101,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         folder=folder,
         settings=training.settings,
         evaluations=evaluations,
+        start_from=start_from,
     )
     common.mark_trained(folder, c.steps)
 
