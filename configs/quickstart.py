@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     # Small cells (2 x 2 x 2 pixels a code) make a tokenizer that learns in minutes; the DiT takes
     # 4 x 4 of its codes as one token, so that its sequence is short all the same.
     c.vqvae.n_codes = 1024
-    c.vqvae.embedding_dim = 8
+    c.vqvae.embedding_dim = 4
     c.vqvae.n_hiddens = 32
     c.vqvae.n_res_layers = 1
     c.vqvae.downsample = (2, 2, 2)
@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     c.dit.batch_size = 32
     c.dit.steps = 2000
     c.dit.optimizer = "muon"
-    c.dit.learning_rate = 2e-3
+    c.dit.learning_rate = 3e-3
     c.dit.warmup_steps = 100
     c.dit.ema_decay = 0.99
     c.dit.remat = "none"
@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     c.dit.checkpoint_every = 200
 
     c.sample.steps = 30
-    c.sample.guidance = 2.0
+    c.sample.guidance = 3.0
     c.sample.prompts = (
         "a red circle moves to the left",
         "a blue square moves up",
