@@ -104,7 +104,9 @@ class MLP(nnx.Module):
 
 def modulate(x_BND: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
     """Layer normalization with shift and scale given by the condition."""
-    return layers.layer_normalize(x_BND) * (1 + scale_BD[:, None]) + shift_BD[:, None]
+    n = x_BND.shape[1]
+    scale_BND, shift_BND = layers.over_tokens(1 + scale_BD, n), layers.over_tokens(shift_BD, n)
+    return layers.layer_normalize(x_BND) * scale_BND + shift_BND
 
 
 class Block(nnx.Module):
@@ -148,14 +150,15 @@ class Block(nnx.Module):
         h = self.attention(
             modulate(x_BND, shift_a, scale_a), angles_NK=angles_NK, lengths_B=lengths_B
         )
-        x_BND = x_BND + gate_a[:, None] * h
+        n = x_BND.shape[1]
+        x_BND = x_BND + layers.over_tokens(gate_a, n) * h
         if self.cross_attention is not None:
             h = self.cross_attention(
                 layers.layer_normalize(x_BND), text_BSD, lengths_B=text_lengths_B
             )
             x_BND = x_BND + h
         h = self.mlp(modulate(x_BND, shift_m, scale_m))
-        return x_BND + gate_m[:, None] * h
+        return x_BND + layers.over_tokens(gate_m, n) * h
 
 
 class DiT(nnx.Module):

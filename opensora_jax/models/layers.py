@@ -6,6 +6,7 @@ table in `opensora_jax.mesh` turns them into shardings.
 Shape suffixes: B batch, N tokens, D features in, F features out, K head size.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -47,6 +48,21 @@ def _add_bias_backward(_, dy):
 
 
 add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def over_tokens(x_BD: jax.Array, n: int) -> jax.Array:
+    """x for each of n tokens, (B, n, D); the gradient's sum over tokens is a matmul."""
+    return jnp.broadcast_to(x_BD[:, None], (x_BD.shape[0], n, x_BD.shape[1]))
+
+
+def _over_tokens_backward(n, _, dy_BND):
+    ones = jnp.ones((dy_BND.shape[0], 1, n), dy_BND.dtype)
+    dx = jnp.matmul(ones, dy_BND, preferred_element_type=jnp.float32)
+    return (dx[:, 0].astype(dy_BND.dtype),)
+
+
+over_tokens.defvjp(lambda x_BD, n: (over_tokens(x_BD, n), None), _over_tokens_backward)
 
 
 class BatchNorm(nnx.Module):

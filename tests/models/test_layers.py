@@ -27,6 +27,14 @@ def test_add_bias_has_the_gradients_of_a_sum():
     np.testing.assert_allclose(dbias, dy.sum((0, 1)), rtol=1e-5, atol=1e-6)
 
 
+def test_over_tokens_repeats_and_its_gradient_sums():
+    x = jnp.arange(6.0).reshape(2, 3)
+    dy = jax.random.normal(jax.random.key(0), (2, 5, 3))
+    y, vjp = jax.vjp(lambda x: layers.over_tokens(x, 5), x)
+    np.testing.assert_array_equal(y, np.repeat(np.asarray(x)[:, None], 5, axis=1))
+    np.testing.assert_allclose(vjp(dy)[0], dy.sum(axis=1), rtol=1e-6, atol=1e-6)
+
+
 def test_dense_is_a_matmul_and_a_bias():
     layer = layers.Dense(4, 6, axes=("embed", "mlp"), rngs=nnx.Rngs(0))
     layer.bias[...] = jnp.asarray(normal(1, 6))

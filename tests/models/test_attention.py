@@ -1,0 +1,55 @@
+"""Attention against its formula, written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opensora_jax.models.attention import attention
+
+
+def by_formula(q, k, v, lengths):
+    scores = jnp.einsum("bnhk,bshk->bhns", q, k) / np.sqrt(q.shape[-1])
+    if lengths is not None:
+        masked = jnp.arange(k.shape[1]) >= lengths[:, None, None, None]
+        scores = jnp.where(masked, -jnp.inf, scores)
+    return jnp.einsum("bhns,bshk->bnhk", jax.nn.softmax(scores, axis=-1), v)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    """Queries, more keys and values than queries, and the gradient of the result."""
+    shapes = ((2, 5, 3, 4), (2, 7, 3, 4), (2, 7, 3, 4), (2, 5, 3, 4))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, s) for key, s in zip(keys, shapes, strict=True)]
+
+
+def value_and_gradients(f, lengths, q, k, v, d_out):
+    out, vjp = jax.vjp(lambda q, k, v: f(q, k, v, lengths), q, k, v)
+    return out, *vjp(d_out)
+
+
+@pytest.mark.parametrize("lengths", [None, (7, 1), (3, 6)])
+def test_value_and_gradients_are_the_formula_s(arrays, lengths):
+    lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
+    found = value_and_gradients(attention, lengths, *arrays)
+    expected = value_and_gradients(by_formula, lengths, *arrays)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_large_scores_do_not_overflow(arrays):
+    q, k, v, d_out = arrays
+    for x in value_and_gradients(attention, None, 100 * q, 100 * k, v, d_out):
+        assert np.isfinite(x).all()
+
+
+def test_bfloat16_stays_bfloat16_and_close(arrays):
+    halves = [x.astype(jnp.bfloat16) for x in arrays]
+    lengths = jnp.array([3, 6], jnp.int32)
+    found = value_and_gradients(attention, lengths, *halves)
+    expected = value_and_gradients(by_formula, lengths, *(x.astype(jnp.float32) for x in halves))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        error = np.linalg.norm(a.astype(jnp.float32) - b) / np.linalg.norm(b)
+        assert error < 0.02
