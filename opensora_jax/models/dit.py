@@ -292,7 +292,7 @@ class DiT(nnx.Module):
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        x_BND, _ = jax.lax.scan(block, x_BND, nnx.pure(blocks), unroll=self.unroll)
+        x_BND, _ = jax.lax.scan(block, x_BND, nnx.to_pure_dict(blocks), unroll=self.unroll)
         shift, scale = jnp.split(self.final_modulation(jax.nn.silu(condition_BD)), 2, axis=-1)
         out = self.final(modulate(x_BND[:, :n], shift, scale))
         return _from_patches(out, (t, h, w), p).astype(jnp.float32)
