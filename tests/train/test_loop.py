@@ -90,7 +90,7 @@ def one_device():
     )
 
 
-def fit(folder, data=None, evaluations=(), **given):
+def fit(folder, data=None, evaluations=(), start_from=dict, **given):
     settings = make_settings(**given)
     return loop.fit(
         Linear(noise=0.1),
@@ -100,6 +100,7 @@ def fit(folder, data=None, evaluations=(), **given):
         folder=folder,
         settings=settings,
         evaluations=evaluations,
+        start_from=start_from,
     )
 
 
@@ -201,6 +202,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert without_speeds(resumed) == without_speeds(metrics(whole))
     # The evaluation that was cut off at the end is made up for.
     assert [line["step"] for line in metrics(cut) if "held_out" in line] == [10]
+
+
+def test_only_a_new_training_starts_from_given_parameters(tmp_path):
+    seven = np.full((D, 2), 7, np.float32)
+    asked = []
+
+    def start_from():
+        asked.append(True)
+        return {"kernel": seven}
+
+    state = fit(tmp_path, start_from=start_from, steps=2)
+    assert float(state.extra["calls"]) == 2  # the rest is as it always starts
+    for kernel in (state.params["kernel"], state.ema["kernel"]):
+        # The second step is the first that moves, by the learning rate.
+        assert 0.1 < np.abs(kernel - 7).max() < 0.4
+    np.testing.assert_array_equal(seven, 7)  # given to no update to write into
+    fit(tmp_path, start_from=start_from, steps=3)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("log_every", [1, 5])
