@@ -12,34 +12,11 @@ listed.
 import dataclasses
 import re
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One TPU chip, both cores where it has two."""
-
-    name: str
-    device_kind: str  # what JAX calls it
-    peak_flops: float  # bfloat16 FLOP/s
-    hbm_bytes: int
-    hbm_bandwidth: float  # bytes/s
-    link_bandwidth: float  # bytes/s of one link to a neighbor, one way
-    torus: int  # dimensions of the network, each with a link in either direction
-
-
-_GIB = 2**30
-
-# A link's bandwidth is the page's Gbit/s of a chip over its ports, two a dimension.
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip("v4", "TPU v4", 275e12, 32 * _GIB, 1228e9, 50e9, 3),
-        Chip("v5e", "TPU v5 lite", 197e12, 16 * _GIB, 819e9, 50e9, 2),
-        Chip("v5p", "TPU v5", 459e12, 95 * _GIB, 2765e9, 100e9, 3),
-        Chip("v6e", "TPU v6 lite", 918e12, 32 * _GIB, 1640e9, 100e9, 2),
-    )
-}
-
-_GPU_PEAKS = {
+_PEAKS = {
+    r"TPU v4": 275e12,
+    r"TPU v5 lite": 197e12,  # v5e
+    r"TPU v5": 459e12,  # v5p
+    r"TPU v6 lite": 918e12,  # v6e
     r"NVIDIA A100\b.*": 312e12,
     r"NVIDIA H100 80GB HBM3": 989e12,  # SXM
     r"NVIDIA H200": 989e12,
@@ -48,10 +25,32 @@ _GPU_PEAKS = {
 
 def peak_flops(device_kind: str) -> float | None:
     """bfloat16 FLOP/s of a `jax.Device.device_kind`; None where it is not known."""
-    for chip in CHIPS.values():
-        if device_kind == chip.device_kind:
-            return chip.peak_flops
-    for pattern, peak in _GPU_PEAKS.items():
+    for pattern, peak in _PEAKS.items():
         if re.fullmatch(pattern, device_kind):
             return peak
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU that programs are planned for."""
+
+    device_kind: str
+    hbm_bytes: int  # that the compiler lets a program have, a little less than there is
+    hbm_bandwidth: float  # bytes/s
+    # Of one link to a neighbor, one way, bytes/s: the page's Gbit/s of a chip over its ports.
+    link_bandwidth: float
+    ring: int  # along dimensions of multiples of this a slice's last chip is linked to the first
+
+    @property
+    def peak_flops(self) -> float:
+        return peak_flops(self.device_kind)
+
+
+_GIB = 2**30
+
+CHIPS = {
+    "v5e": Chip("TPU v5 lite", int(15.75 * _GIB), 819e9, 50e9, 16),
+    "v5p": Chip("TPU v5", int(95.74 * _GIB), 2765e9, 100e9, 4),
+    "v6e": Chip("TPU v6 lite", int(31.25 * _GIB), 1640e9, 100e9, 16),
+}

@@ -1,0 +1,336 @@
+"""Reads from the text of a compiled program what it computes and communicates, loops included.
+
+The compiler's own count (`compiled.cost_analysis()`) takes a loop's body once, and does not say
+what goes over the network.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+COLLECTIVES = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+# Instructions that move no bytes themselves.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
+    *("while", "conditional", "call", "partition-id", "replica-id", "opt-barrier"),
+}
+_CONTROL = {"while", "conditional", "call", "async-start"}
+
+
+class Shape(NamedTuple):
+    dtype: str
+    dims: tuple[int, ...]
+    in_hbm: bool  # else in a core's own memory
+
+    @property
+    def bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.dims) * (int(bits[0]) if bits else 8) // 8
+
+
+class Instruction(NamedTuple):
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]  # a tuple's elements in a row
+    operands: tuple[str, ...]
+    text: str  # from the opcode on
+    is_root: bool
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(X, self.text)
+        return found and (found[1] or found[2])
+
+    @property
+    def called(self) -> list[str]:
+        found = re.findall(
+            r"\b(?:calls|to_apply|body|condition|\w*computations?)=(\{[^}]*\}|%[\w.\-]+)", self.text
+        )
+        return re.findall(r"%([\w.\-]+)", " ".join(found))
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """What one device sends or receives by one instruction, and how often a step runs it."""
+
+    kind: str  # one of COLLECTIVES
+    shapes: tuple[Shape, ...]  # whole: after gathering, before reducing
+    groups: np.ndarray  # (n_groups, size): devices, by their place in the mesh, that take part
+    count: int
+    op_name: str  # what it is for
+
+    @property
+    def bytes(self) -> int:
+        return sum(shape.bytes for shape in self.shapes)
+
+
+class Program:
+    """A compiled program.
+
+    Args:
+      text: `compiled.as_text()`.
+      n_devices: that it runs on.
+    """
+
+    def __init__(self, text: str, n_devices: int):
+        self._n_devices = n_devices
+        self._computations, entry = _parse(text)
+        self.unknown_loops: list[str] = []  # counted once
+        self._counts: dict[str, int] = collections.Counter({entry: 1})
+        self._fused: set[str] = set()
+        # The text defines a computation before those that call it.
+        for name in reversed(self._computations):
+            self._count_calls(name)
+
+    def _count_calls(self, caller: str) -> None:
+        for instruction in self._computations[caller].values():
+            if instruction.opcode.endswith(("-done", "-update")):
+                continue  # the rest of what its start counts
+            trips = self._trips(instruction) if instruction.opcode == "while" else 1
+            for name in instruction.called:
+                self._counts[name] += self._counts[caller] * trips
+                if instruction.opcode not in _CONTROL or caller in self._fused:
+                    self._fused.add(name)
+
+    def _trips(self, loop: Instruction) -> int:
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
+        if known:
+            return int(known[1])
+        # A scan counts from zero to a constant.
+        condition = self._computations[loop.attribute("condition").lstrip("%")]
+        root = next(i for i in condition.values() if i.is_root)
+        limits = [re.match(r"constant\((\d+)\)", condition[name].text) for name in root.operands]
+        limits = [int(found[1]) for found in limits if found]
+        if len(limits) == 1 and root.attribute("direction") == "LT":
+            return limits[0]
+        self.unknown_loops.append(loop.name)
+        return 1
+
+    def _running(self) -> Iterator[tuple[str, Computation, int]]:
+        """(name, computation, how often a step runs it)."""
+        for name, computation in self._computations.items():
+            if self._counts[name]:
+                yield name, computation, self._counts[name]
+
+    def collectives(self) -> list[Collective]:
+        found, chains = [], set()
+        for name, computation, count in self._running():
+            for instruction in computation.values():
+                kind = instruction.opcode.removesuffix("-start")
+                # A TPU runs one in pieces beside other work; its pieces name the same chain.
+                chain = instruction.attribute("chain_id")
+                if kind not in COLLECTIVES or (chain and chain in chains):
+                    continue
+                chains.add(chain)
+                n = len(instruction.operands)
+                shapes = tuple(s for x in instruction.operands for s in computation[x].shapes)
+                if kind == "all-gather":
+                    shapes = instruction.shapes[n if instruction.opcode != kind else 0 :][:n]
+                if name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"  # as a TPU does it: one operation, not two
+                found.append(
+                    Collective(
+                        kind=kind,
+                        shapes=shapes,
+                        groups=_groups(instruction.text, self._n_devices),
+                        count=count,
+                        op_name=instruction.attribute("op_name") or "",
+                    )
+                )
+        return found
+
+    def matmul_flops(self, *, loops: bool = True) -> float:
+        """FLOPs of a device's matrix products and convolutions; without `loops` a body once."""
+        return sum(
+            (count if loops else 1) * _matmul_flops(instruction, computation)
+            for _, computation, count in self._running()
+            for instruction in computation.values()
+        )
+
+    def hbm_bytes(self) -> float:
+        """Bytes that a device's instructions read from and write to its memory, loops included."""
+        return sum(
+            count * self._bytes(instruction, computation)
+            for name, computation, count in self._running()
+            if name not in self._fused
+            for instruction in computation.values()
+        )
+
+    def _bytes(self, instruction: Instruction, computation: Computation) -> int:
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith(("-done", "-update")):
+            return 0
+        inputs = [computation[name] for name in instruction.operands]
+        if opcode == "fusion":
+            inner = self._computations[instruction.called[0]]
+        else:
+            # As if fused alone, so that slices count as what they are.
+            inner = {i.name: i._replace(opcode="parameter") for i in inputs}
+            inner[instruction.name] = instruction._replace(is_root=True)
+        parameters = [i for i in inner.values() if i.opcode == "parameter"]
+        if opcode == "fusion":
+            parameters.sort(key=lambda i: int(re.match(r"parameter\((\d+)\)", i.text)[1]))
+        read = sum(
+            _read(parameter, inner)
+            for parameter, given in zip(parameters, inputs, strict=False)
+            if all(shape.in_hbm for shape in given.shapes)
+        )
+        shapes = instruction.shapes
+        if opcode.endswith("-start"):
+            shapes = shapes[:1] if opcode == "copy-start" else shapes[len(inputs) :][: len(inputs)]
+        root = next(i for i in inner.values() if i.is_root)
+        results = [inner[x] for x in root.operands] if root.opcode == "tuple" else [root]
+        if len(results) != len(shapes):
+            return read + sum(s.bytes for s in shapes if s.in_hbm)
+        return read + sum(
+            _update(result, inner) if result.opcode == "dynamic-update-slice" else shape.bytes
+            for result, shape in zip(results, shapes, strict=True)
+            if shape.in_hbm
+        )
+
+
+def _update(instruction: Instruction, computation: Computation) -> int:
+    return sum(s.bytes for s in computation[instruction.operands[1]].shapes)
+
+
+def _read(parameter: Instruction, computation: Computation) -> int:
+    """Bytes read of a parameter: only slices, where all that uses it takes slices."""
+    users = [i for i in computation.values() if parameter.name in i.operands]
+    total = 0
+    for user in users:
+        if user.opcode == "dynamic-slice" and user.operands[0] == parameter.name:
+            total += sum(s.bytes for s in user.shapes)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+            total += 0  # updated in place
+        else:
+            return sum(s.bytes for s in parameter.shapes)
+    return total
+
+
+def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0.0
+    lhs, rhs = (computation[name].shapes[0].dims for name in instruction.operands[:2])
+    out = instruction.shapes[0].dims
+    if instruction.opcode == "dot":
+        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
+        return 2.0 * math.prod(out) * math.prod(lhs[int(i)] for i in found[1].split(",") if i)
+    # TPUs make convolutions of all products, batch dimensions becoming windows full of padding.
+    labels = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels")).groups()
+    sizes = [dict(zip(*pair, strict=True)) for pair in zip(labels, (lhs, rhs, out), strict=True)]
+    window = re.search(r"window=\{([^}]*)\}", instruction.text)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    flops = 2.0 * sizes[1]["i"] * sizes[2]["b"] * sizes[2]["f"]
+    for axis in (label for label in sizes[0] if label.isdigit()):
+        values = {name: value.split("x")[int(axis)] for name, value in fields.items()}
+        flops *= _valid_positions(sizes[0][axis], sizes[2][axis], values)
+    return flops
+
+
+def _valid_positions(n_in: int, n_out: int, window: dict[str, str]) -> int:
+    """Pairs of output and kernel positions along an axis that meet an input, not padding."""
+    dilation = int(window.get("lhs_dilate", 1))
+    kernel = np.arange(int(window.get("size", 1))) * int(window.get("rhs_dilate", 1))
+    starts = np.arange(n_out) * int(window.get("stride", 1))
+    at = starts[:, None] + kernel - int(window.get("pad", "0_0").split("_")[0])
+    return int(((at >= 0) & (at <= (n_in - 1) * dilation) & (at % dilation == 0)).sum())
+
+
+def _groups(text: str, n_devices: int) -> np.ndarray:
+    """(n_groups, size) from any of the ways in which XLA writes them."""
+    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", text):
+        return np.array(re.findall(r"(\d+),(\d+)", found[0]), int)
+    if found := re.search(r"replica_groups=\{\{(.*?)\}\}", text):
+        return np.array([row.split(",") for row in found[1].split("},{")], int)
+    if found := re.search(r"replica_groups=\[([\d,]+)\](<=\S+)", text):
+        return _iota(found[2]).reshape([int(n) for n in found[1].split(",")])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?) ?\{([^}]*)\}", text):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        chosen = re.findall(r"'(\w+)'", found[3])
+        if ":" in found[3]:
+            raise ValueError(f"replica_groups={found[3]}: expected whole axes")
+        devices = _iota(found[2]) if "<=" in found[2] else np.arange(n_devices)
+        devices = devices.reshape([int(n) for n in axes.values()])
+        order = [name for name in axes if name not in chosen] + chosen
+        size = math.prod(int(axes[name]) for name in chosen)
+        return devices.transpose([list(axes).index(name) for name in order]).reshape(-1, size)
+    return np.arange(n_devices)[None]
+
+
+def _iota(text: str) -> np.ndarray:
+    """Devices in the order that "<=[2,4]T(1,0)" says."""
+    found = re.search(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    dims = [int(n) for n in found[1].split(",")]
+    devices = np.arange(math.prod(dims)).reshape(dims)
+    if found[2]:
+        devices = devices.transpose([int(n) for n in found[2].split(",")])
+    return devices.reshape(-1)
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+    """(computations by name, name of the first that runs)."""
+    computations: dict[str, Computation] = {}
+    current: Computation = {}
+    entry = ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line):
+            end = _end_of_type(found[3])
+            rest = found[3][end:].lstrip()
+            opcode, operands = re.match(r"([\w\-]+)(\(.*)", rest).groups()
+            operands = operands[: _closing(operands)]
+            current[found[2]] = Instruction(
+                name=found[2],
+                opcode=opcode,
+                shapes=_shapes(found[3][:end]),
+                operands=tuple(re.findall(r"%([\w.\-]+)", operands)),
+                text=rest,
+                is_root=bool(found[1]),
+            )
+    return computations, entry
+
+
+def _end_of_type(text: str) -> int:
+    if text.startswith("("):
+        return _closing(text)
+    return re.match(r"\w+\[[^\]]*\](\{[^}]*\})?", text).end()
+
+
+def _closing(text: str) -> int:
+    """The place after the parenthesis that closes the first."""
+    depth = 0
+    for found in re.finditer(r"[()]", text):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.end()
+    raise ValueError(f"{text[:80]!r}: expected a closing parenthesis")
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    found = re.findall(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", text)
+    return tuple(
+        Shape(
+            dtype=dtype,
+            dims=tuple(int(n) for n in dims.split(",") if n),
+            in_hbm=re.search(r"S\([1-9]\d*\)", layout) is None,
+        )
+        for dtype, dims, layout in found
+    )
