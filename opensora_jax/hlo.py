@@ -51,7 +51,7 @@ class Instruction(NamedTuple):
     is_root: bool
 
     def attribute(self, name: str) -> str | None:
-        found = re.search(X, self.text)
+        found = re.search(rf'\b{name}=(?:"([^"]*)"|([^\s,]+))', self.text)
         return found and (found[1] or found[2])
 
     @property
