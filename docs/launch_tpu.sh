@@ -9,7 +9,7 @@
 #   docs/launch_tpu.sh stop    NAME                   ends the run; it can be resumed
 #   docs/launch_tpu.sh keep    NAME TYPE --config=... ...
 #                      all of it on a spot TPU: creates it, and again after each preemption, runs
-#                      and resumes, until the run has ended
+#                      and resumes, until the run is done or has failed
 #   docs/launch_tpu.sh delete  NAME
 #
 # ZONE (and PROJECT, if not gcloud's default) come from the environment. Needs the gcloud command.
@@ -83,8 +83,12 @@ stop() {
   remote '[ ! -f run.pid ] || kill -TERM -- -$(cat run.pid) 2>/dev/null || true; rm -f run.pid'
 }
 
-progress() { # of the run on each worker
-  remote 'if [ -f run.status ]; then echo "ended with $(cat run.status)"
+# Of the run on each worker: done, running, stopped (before its end), not running, or failed.
+progress() {
+  remote 'if [ -f run.status ]; then
+      if [ "$(cat run.status)" != 0 ]; then echo "failed with $(cat run.status), see run.log"
+      elif grep -q "all stages done" run.log; then echo done
+      else echo stopped; fi
     elif [ -f run.pid ] && kill -0 $(cat run.pid) 2>/dev/null; then echo running
     else echo "not running"; fi'
 }
@@ -98,9 +102,9 @@ keep() {
       ACTIVE)
         now=$(progress || true)
         case $now in
-          *"ended with 0"*) echo "$now" && return ;;
-          *"ended with"*) echo "$now" && exit 1 ;;
-          *"not running"*) install && run "$@" ;;
+          *failed*) echo "$now" && exit 1 ;;
+          *done*) echo "$now" && return ;;
+          *stopped* | *"not running"*) install && run "$@" ;;
         esac
         ;;
       FAILED | SUSPENDED) delete ;;

@@ -35,6 +35,10 @@ PYTHON = r"""#!/usr/bin/env bash
 echo "$PWD: $*"
 trap 'echo stopped; exit 143' TERM
 sleep "${RUN_SECONDS:-0}" & wait $!
+runs=$(cat ../runs 2>/dev/null)x
+echo "$runs" > ../runs
+[ "$runs" != "${INTERRUPTED_RUN:-}" ] || exit 0
+echo all stages done
 exit "${RUN_STATUS:-0}"
 """
 
@@ -92,9 +96,9 @@ def test_every_worker_gets_the_code_and_the_same_command(tpu):
         assert (tpu / worker / "run.log").read_text() == (
             f"{tpu / worker / 'opensora_jax'}: "
             "-m opensora_jax.main --config=configs/dit_7b.py --workdir=gs://b/a b\n"
+            "all stages done\n"
         )
-    status = launch(tpu, "status", "mine").stdout
-    assert status.count("ended with 0") == 2
+    assert launch(tpu, "status", "mine").stdout.split("\n").count("done") == 2
 
 
 def test_a_run_can_be_stopped(tpu):
@@ -112,16 +116,22 @@ def test_keep_creates_and_runs_until_the_run_has_ended(tpu):
     assert done.returncode == 0, done.stderr
     calls = (tpu / "calls").read_text()
     assert "--accelerator-type v5p-128 --runtime-version v2-alpha-tpuv5 --spot" in calls
-    assert (tpu / "0/run.log").read_text().endswith("-m opensora_jax.main --config=c\n")
+    assert "-m opensora_jax.main --config=c\n" in (tpu / "0/run.log").read_text()
 
 
 def test_keep_begins_anew_after_a_preemption_and_ends_with_an_error(tpu):
     (tpu / "state").write_text("SUSPENDED\n")
     done = launch(tpu, "keep", "mine", "v6e-16", "--config=c", RUN_STATUS="1")
     assert done.returncode == 1
-    assert "ended with 1" in done.stdout
+    assert "failed with 1" in done.stdout
     calls = re.findall(r"^compute tpus queued-resources (\w+)", (tpu / "calls").read_text(), re.M)
     assert [call for call in calls if call != "describe"] == ["delete", "create"]
+
+
+def test_keep_goes_on_after_a_run_that_was_stopped_before_its_end(tpu):
+    done = launch(tpu, "keep", "mine", "v6e-16", "--config=c", INTERRUPTED_RUN="x")
+    assert done.returncode == 0, done.stderr
+    assert (tpu / "0/runs").read_text() == (tpu / "1/runs").read_text() == "xx\n"
 
 
 def test_what_is_wrong_is_said(tpu):
