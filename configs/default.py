@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.data.text_model = ""  # CLIP folder or hub name; empty: a small random one, made on the spot
 
     # Sizes of the device mesh; -1 is what the others leave. A batch is divided over data x fsdp,
-    # parameters over fsdp and tensor; context is for sequences, which are not divided yet.
+    # parameters over fsdp and tensor, sequences (the VQ-VAE: batches) over context.
     c.mesh = ConfigDict()
     c.mesh.data = -1
     c.mesh.fsdp = 1
@@ -114,7 +114,8 @@ def get_config() -> ConfigDict:
     c.dit.weight_decay = 0.0  # the paper's
     c.dit.clip_norm = 1.0  # global gradient norm
     c.dit.ema_decay = 0.9999  # the paper's
-    c.dit.remat = "full"  # none, dots or full: the less is saved, the longer sequences fit
+    c.dit.attention = "auto"  # cudnn (GPU), splash (TPU), xla, or auto: the fastest there is
+    c.dit.remat = "full"  # none, dots, offload or full: the less is saved, the longer ones fit
     c.dit.unroll = 1  # blocks compiled as one piece: more run faster on CPU and compile slower
     c.dit.dtype = "auto"  # compute: float32, bfloat16, or auto (bfloat16 where the device has it)
     c.dit.log_every = 50  # steps

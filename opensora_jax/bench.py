@@ -71,7 +71,8 @@ class Bench:
             training.task, training.tx, training.schedule, training.settings, shardings
         )
         start = time.perf_counter()
-        self._step = step.lower(self._state, self._batch).compile()
+        with jax.set_mesh(mesh):
+            self._step = step.lower(self._state, self._batch).compile()
         self.compile_seconds = time.perf_counter() - start
         self._facts = {
             "device_kind": jax.devices()[0].device_kind,

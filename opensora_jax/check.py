@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 STAGES = ("shapes", "vqvae", "preprocess", "dit", "fidelity", "report")
+# Those that several processes do together.
+TRAINING_STAGES = ("vqvae", "dit")
 DTYPES = ("auto", "float32", "bfloat16")
 
 # Fields that must be above zero, or may be zero but not below.
@@ -86,7 +89,6 @@ def config(c: ConfigDict, devices: Sequence | None = None) -> None:
     Raises:
       ValueError: naming the field, its value and what was expected.
     """
-    from opensora_jax import mesh
     from opensora_jax.diffusion import flow
     from opensora_jax.models import dit
     from opensora_jax.train.optim import OPTIMIZERS
@@ -135,10 +137,35 @@ def config(c: ConfigDict, devices: Sequence | None = None) -> None:
             c, "dit.width", lambda v: v % even == 0, f"an even multiple of dit.heads={c.dit.heads}"
         )
     _check_video(c)
-    _expect(c, "mesh.context", lambda v: v == 1, "1: sequences are not divided over devices yet")
+    _check_devices(c, jax.devices() if devices is None else devices)
+
+
+def _check_devices(c: ConfigDict, devices: Sequence) -> None:
+    from opensora_jax import mesh
+    from opensora_jax.models import attention, dit
+
+    names = attention.NAMES
+    _expect(c, "dit.attention", lambda v: v in names, f"one of {', '.join(names)}")
+    kind = devices[0].platform
+    fit = [name for name in names if attention.BACKENDS.get(name) in (None, kind)]
+    _expect(c, "dit.attention", lambda v: v in fit, f"one of {', '.join(fit)} on a {kind}")
     shape = mesh.make_mesh(c.mesh, devices).shape
+    heads = dit.SIZES[c.dit.size][2] if c.dit.size else c.dit.heads
+    if "dit" in c.stages and heads % (shape["context"] * shape["tensor"]):
+        raise ValueError(
+            f"config.mesh.context={shape['context']}, config.mesh.tensor={shape['tensor']}: "
+            f"expected a product that divides the DiT's {heads} heads"
+        )
+    n_processes = jax.process_count()
+    _expect(
+        c,
+        "stages",
+        lambda v: n_processes == 1 or set(v) <= set(TRAINING_STAGES),
+        f"only {', '.join(TRAINING_STAGES)} in a run of {n_processes} processes; run the others "
+        "in one process",
+    )
     n_data = shape["data"] * shape["fsdp"]
-    for part in (stage for stage in ("vqvae", "dit") if stage in c.stages):
+    for part in (stage for stage in TRAINING_STAGES if stage in c.stages):
         pieces = n_data * c[part].accumulate
         _expect(
             c,

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from opensora_jax import encoders, rngs
+from opensora_jax import mesh as mesh_lib
 from opensora_jax.data import pipeline, video_io
 from opensora_jax.files import write_json
 from opensora_jax.stages import common
@@ -112,9 +113,11 @@ class Generator:
         videos = []
         for start in range(0, n, batch_size):
             index = np.minimum(np.arange(start, start + batch_size), n - 1)
-            codes = self._sample(
-                params, text[index], lengths[index], noises(index), steps=steps, guidance=guidance
-            )
+            noise = noises(index)
+            with mesh_lib.context_of(params):
+                codes = self._sample(
+                    params, text[index], lengths[index], noise, steps=steps, guidance=guidance
+                )
             # By way of the host: the DiT's weights may be on many devices, the VQ-VAE is on one.
             codes = jax.device_get(codes)
             videos.append(encoders.decode(self._vqvae, codes)[: n - start])

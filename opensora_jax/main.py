@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from opensora_jax import check, cli, files
+from opensora_jax import check, cli, files, runtime
 
 logger = logging.getLogger("opensora_jax.main")  # not __main__, which it runs as
 
@@ -28,9 +28,7 @@ def main(argv: list[str]) -> None:
     config = cli.CONFIG.value
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name).absolute()
-    # Ours speak; Orbax and JAX only when something is wrong.
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger("opensora_jax").setLevel(logging.INFO)
+    runtime.start()
     try:
         check.config(config)
         run(config, workdir)
@@ -57,7 +55,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         logger.info("stage %s", stage)
         start = time.perf_counter()
         stages[stage](config, workdir)
-        _add_seconds(workdir, stage, time.perf_counter() - start)
+        if jax.process_index() == 0:
+            _add_seconds(workdir, stage, time.perf_counter() - start)
     logger.info("all stages done: %s", workdir)
 
 

@@ -1,45 +1,72 @@
 """The device mesh, and the one table that maps logical axes of arrays onto it."""
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import EllipsisType
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+PyTree = Any
+MeshAxes = tuple[str, ...]
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-# Logical axis of a parameter -> mesh axis. Every name used beside a parameter has a rule here, and
-# every rule a user (tests/test_mesh.py).
-RULES: Mapping[str, str | None] = {
-    "embed": "fsdp",  # width of the DiT's residual stream
-    "heads": "tensor",  # heads x head size of attention
-    "mlp": "tensor",  # hidden width of the DiT's MLP
-    "modulation": "tensor",  # adaLN's shifts, scales and gates
-    "text": None,  # width of the text features
-    "latent": None,  # channels of a patch of code embeddings
-    "frequency": None,  # sinusoidal embedding of time
-    "norm": None,  # one head's features
-    "conv_in": "fsdp",  # input channels of the VQ-VAE's convolutions
-    "conv_out": "tensor",  # output channels of the VQ-VAE's convolutions
+# Logical axis of a parameter -> mesh axes, for each model. Every name used beside a parameter has a
+# rule here, and every rule that divides anything has a user: `param_shardings` sees to both.
+DIT_RULES: Mapping[str, MeshAxes] = {
+    "embed": ("fsdp",),  # width of the residual stream
+    "heads": ("tensor",),  # heads x head size of attention
+    "mlp": ("tensor",),  # hidden width of the MLP
+    "modulation": ("tensor",),  # adaLN's shifts, scales and gates
+    "text": (),  # width of the text features
+    "latent": (),  # channels of a patch of code embeddings
+    "frequency": (),  # sinusoidal embedding of time
+    "norm": (),  # one head's features
+}
+VQVAE_RULES: Mapping[str, MeshAxes] = {
+    "conv_in": ("fsdp",),  # input channels of convolutions
+    "conv_out": ("tensor",),  # output channels of convolutions
 }
 
-# A batch is divided over both data axes: fsdp shards parameters and examples alike.
-BATCH = PartitionSpec(("data", "fsdp"))
+# Logical axis of an activation -> mesh axes, beside the names of parameters, for `constrain`.
+# Parameters' axes leave out fsdp there: weights are gathered where they are used, while examples
+# are divided over it.
+ACTIVATION_RULES: Mapping[str, MeshAxes] = {
+    "batch": ("data", "fsdp"),
+    "clip": ("data", "fsdp", "context"),  # examples without a sequence to divide
+    "sequence": ("context",),  # tokens
+    "swapped_heads": ("tensor", "context"),  # heads, while every device has whole sequences
+} | {
+    name: tuple(axis for axis in mesh_axes if axis != "fsdp")
+    for rules in (DIT_RULES, VQVAE_RULES)
+    for name, mesh_axes in rules.items()
+}
+
+# How a batch arrives from the host.
+BATCH = PartitionSpec(ACTIVATION_RULES["batch"])
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices; `sizes` gives each axis of `AXES` a size, -1 meaning the rest.
 
+    Where the devices are several slices, joined by a slower network, `data` goes over them, and
+    `fsdp` where data alone does not reach.
+
     Args:
       devices: others than those of this run, to compile for them.
 
     Raises:
-      ValueError: if an axis is unknown or missing, or the sizes do not multiply to the number of
-        devices.
+      ValueError: if an axis is unknown or missing, the sizes do not multiply to the number of
+        devices, or slices do not divide data x fsdp.
     """
-    n = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
+    n = len(devices)
     if set(sizes) != set(AXES):
         raise ValueError(f"mesh={dict(sizes)}: expected the axes {', '.join(AXES)}")
     shape = [sizes[axis] for axis in AXES]
@@ -49,47 +76,142 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if n % known or (-1 not in shape and known != n):
         raise ValueError(f"mesh={dict(sizes)}: the sizes do not divide the {n} devices evenly")
     shape = [n // known if s == -1 else s for s in shape]
-    axis_types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    data, fsdp, *rest = shape
+    over_data = math.gcd(data, slices)
+    over_fsdp = slices // over_data
+    if fsdp % over_fsdp:
+        raise ValueError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}: the {slices} slices do not divide them"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (data // over_data, fsdp // over_fsdp, *rest), (over_data, over_fsdp, 1, 1), devices
+    )
+    return Mesh(grid, AXES, axis_types=types)
 
 
-def partition_spec(shape: tuple[int, ...], axes: Iterable[str | None], mesh: Mesh) -> PartitionSpec:
+def partition_spec(
+    shape: tuple[int, ...],
+    axes: Iterable[str | None],
+    rules: Mapping[str, MeshAxes],
+    mesh: Mesh | AbstractMesh,
+) -> PartitionSpec:
     """Mesh axes of an array by its logical `axes`; leading dimensions without a name are stacked.
 
-    A dimension that its mesh axis does not divide stays whole (three output channels over four
-    devices, say).
+    A dimension is divided over as many of its mesh axes, from the first on, as divide it evenly;
+    three output channels over four devices, say, stay whole.
 
     Raises:
       ValueError: for a logical axis without a rule.
     """
     axes = tuple(axes)
     axes = (None,) * (len(shape) - len(axes)) + axes
-    spec: list[str | None] = []
+    spec: list[MeshAxes | str | None] = []
     for size, name in zip(shape, axes, strict=True):
-        if name is not None and name not in RULES:
-            raise ValueError(f"logical axis {name!r}: no rule; known are {', '.join(RULES)}")
-        mesh_axis = RULES[name] if name else None
-        taken = mesh_axis is None or mesh_axis in spec or size % mesh.shape[mesh_axis]
-        spec.append(None if taken else mesh_axis)
+        if name is not None and name not in rules:
+            raise ValueError(f"logical axis {name!r}: no rule; known are {', '.join(rules)}")
+        mesh_axes = rules[name] if name else ()
+        while size % math.prod(mesh.shape[axis] for axis in mesh_axes):
+            mesh_axes = mesh_axes[:-1]
+        spec.append(mesh_axes or None)
     return PartitionSpec(*spec)
 
 
-def param_shardings(params: nnx.State, mesh: Mesh):
-    """Shardings of a (possibly abstract) state of parameters, each made by `layers.param`."""
+def param_shardings(params: nnx.State, rules: Mapping[str, MeshAxes], mesh: Mesh) -> PyTree:
+    """Shardings of a (possibly abstract) state of parameters, each made by `layers.param`.
+
+    Raises:
+      ValueError: for a logical axis without a rule, a rule without a parameter, and a mesh axis
+        that is to divide parameters but divides none.
+    """
+    used: set[str | None] = set()
 
     def sharding(variable):
         axes = variable.get_metadata().get("axes", ())
-        return NamedSharding(mesh, partition_spec(variable.shape, axes, mesh))
+        used.update(axes)
+        return NamedSharding(mesh, partition_spec(variable.shape, axes, rules, mesh))
 
-    return jax.tree.map(sharding, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    shardings = jax.tree.map(sharding, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    unused = [name for name, mesh_axes in rules.items() if mesh_axes and name not in used]
+    if unused:
+        raise ValueError(f"logical axes {', '.join(unused)}: rules that no parameter uses")
+    divide = {axis for sharding in jax.tree.leaves(shardings) for axis in sharding.spec}
+    for axis in {axis for mesh_axes in rules.values() for axis in mesh_axes}:
+        if axis not in divide:
+            raise ValueError(f"mesh.{axis}={mesh.shape[axis]}: divides no parameter of this model")
+    return shardings
+
+
+def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
+    """x divided over the current mesh by one logical axis (or None: whole) a dimension.
+
+    A leading `...` leaves the dimensions it stands for to the compiler. Without a mesh
+    (`jax.set_mesh`) or with one device it is x itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    names = axes[1:] if axes[0] is ... else axes
+    spec = partition_spec(x.shape, names, ACTIVATION_RULES, mesh)
+    if axes[0] is ...:
+        n_free = x.ndim - len(names)
+        spec = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * n_free, *spec[n_free:])
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def shard_map(f: Callable[..., jax.Array], *axes: tuple[str | None, ...]) -> Callable:
+    """f on each device's part of its arguments, one tuple of logical axes an argument.
+
+    The result is divided as the first argument is. Without a mesh or with one device it is f.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return f
+
+    def call(*args: jax.Array) -> jax.Array:
+        specs = tuple(
+            partition_spec(x.shape, names, ACTIVATION_RULES, mesh)
+            for x, names in zip(args, axes, strict=True)
+        )
+        # Pallas kernels do not say how their results vary over devices.
+        return jax.shard_map(f, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+
+    return call
+
+
+def size(axis: str) -> int:
+    """Size of an axis of the current mesh; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
+def context_of(tree: PyTree) -> contextlib.AbstractContextManager:
+    """Sets the mesh that the arrays of `tree` are divided over, if they are."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    for sharding in shardings:
+        if isinstance(sharding, NamedSharding):
+            return jax.set_mesh(sharding.mesh)
+    return contextlib.nullcontext()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_places(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The examples of a batch, sorted, that this process's devices hold: what it has to load.
+
+    Processes whose devices divide no batch between them, but tokens or heads, hold the same.
+    """
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[place] for place in places]))
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's share of a batch -> global arrays divided over the data axes."""
+    """The `batch_places` of a batch -> global arrays divided over the data axes."""
     sharding = NamedSharding(mesh, BATCH)
     return {
         name: jax.make_array_from_process_local_data(sharding, array)

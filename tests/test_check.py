@@ -77,7 +77,10 @@ def test_no_number_may_be_negative(name):
         ("dit.text_mode", "concat", "one of cross_attention, in_context"),
         ("dit.init_from", "nothing_here.pt", "a file that is there, or empty"),
         ("dit.prediction", "noise", "one of velocity, data"),
-        ("dit.remat", "some", "one of none, dots, full"),
+        ("dit.remat", "some", "one of none, dots, offload, full"),
+        ("dit.attention", "flash", "one of auto, xla, cudnn, splash"),
+        ("dit.attention", "cudnn", "one of auto, xla on a cpu"),
+        ("dit.attention", "splash", "one of auto, xla on a cpu"),
         ("dit.dtype", "bf16", "one of auto, float32, bfloat16"),
         ("dit.caption_dropout", 1.1, "a number from 0 to 1"),
         ("dit.batch_size", 100, "a multiple of 8: 8 data devices"),
@@ -110,6 +113,15 @@ def test_batches_divide_over_devices_and_microbatches():
     check.config(c)
     c.mesh.fsdp = 3
     with pytest.raises(ValueError, match="8 devices"):
+        check.config(c)
+
+
+def test_heads_divide_over_context_and_tensor():
+    c = load("default")
+    c.mesh.data, c.mesh.context, c.mesh.tensor = 2, 2, 2
+    check.config(c)
+    c.mesh.data, c.mesh.context = 1, 4
+    with pytest.raises(ValueError, match=r"mesh\.context=4, .*mesh\.tensor=2: .* DiT's 12 heads"):
         check.config(c)
 
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opensora_jax import mesh as mesh_lib
@@ -15,20 +16,27 @@ def sizes(**given):
     return dict.fromkeys(mesh_lib.AXES, 1) | given
 
 
-def models():
+def models(width=32):
     for text_mode in TEXT_MODES:
         yield nnx.eval_shape(
             lambda text_mode=text_mode: DiT(
-                depth=2, width=32, heads=4, channels=4, out_channels=4, patch=2, text_width=8,
+                depth=2, width=width, heads=2, channels=4, out_channels=4, patch=2, text_width=8,
                 text_mode=text_mode, rngs=nnx.Rngs(0),
             )
         )  # fmt: skip
     yield nnx.eval_shape(
         lambda: VQVAE(
-            n_codes=8, embedding_dim=4, n_hiddens=8, n_res_layers=1, downsample=(2, 2, 2),
+            n_codes=8, embedding_dim=4, n_hiddens=width, n_res_layers=1, downsample=(2, 2, 2),
             rngs=nnx.Rngs(0),
         )
     )  # fmt: skip
+
+
+def param_shardings(model, **given):
+    """Of a model, on a mesh of these sizes."""
+    rules = mesh_lib.VQVAE_RULES if isinstance(model, VQVAE) else mesh_lib.DIT_RULES
+    params = nnx.state(model, nnx.Param)
+    return mesh_lib.param_shardings(params, rules, mesh_lib.make_mesh(sizes(**given)))
 
 
 def test_every_parameter_has_axes_with_a_rule_and_every_rule_a_user():
@@ -39,7 +47,25 @@ def test_every_parameter_has_axes_with_a_rule_and_every_rule_a_user():
             assert axes is not None, f"{path}: no axes"
             assert len(axes) in (variable.ndim, variable.ndim - 1), f"{path}: {axes}"
             used |= set(axes) - {None}
-    assert used == set(mesh_lib.RULES)
+        param_shardings(model, data=8)
+    assert used == set(mesh_lib.DIT_RULES) | set(mesh_lib.VQVAE_RULES)
+
+
+def test_names_without_rule_and_rules_without_name_are_refused_at_start():
+    for model in models():
+        params, mesh = nnx.state(model, nnx.Param), mesh_lib.make_mesh(sizes(data=8))
+        with pytest.raises(ValueError, match=r"logical axis '\w+': no rule; known are width"):
+            mesh_lib.param_shardings(params, {"width": ("fsdp",)}, mesh)
+        rules = mesh_lib.DIT_RULES | mesh_lib.VQVAE_RULES | {"hidden": ("tensor",)}
+        with pytest.raises(ValueError, match="hidden: rules that no parameter uses"):
+            mesh_lib.param_shardings(params, rules, mesh)
+
+
+def test_a_mesh_axis_that_divides_no_parameter_is_refused():
+    dit, _, vqvae = models(width=12)
+    for model, axis in ((dit, "fsdp"), (vqvae, "tensor")):
+        with pytest.raises(ValueError, match=rf"mesh\.{axis}=8: divides no parameter"):
+            param_shardings(model, **{axis: 8})
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -54,11 +80,57 @@ def test_sizes_that_do_not_fit_are_refused():
 
 def test_partition_spec():
     mesh = mesh_lib.make_mesh(sizes(data=2, fsdp=2, tensor=2))
-    assert mesh_lib.partition_spec((6, 8, 4), ("embed", "heads"), mesh) == P(None, "fsdp", "tensor")
+
+    def spec(shape, axes, rules):
+        return mesh_lib.partition_spec(shape, axes, rules, mesh)
+
+    rules = mesh_lib.DIT_RULES | mesh_lib.VQVAE_RULES
+    assert spec((6, 8, 4), ("embed", "heads"), rules) == P(None, "fsdp", "tensor")
     # Three output channels stay whole over two devices.
-    assert mesh_lib.partition_spec((8, 3), ("conv_in", "conv_out"), mesh) == P("fsdp", None)
+    assert spec((8, 3), ("conv_in", "conv_out"), rules) == P("fsdp", None)
+    # Two examples can be divided over data, not over fsdp as well.
+    activations = mesh_lib.ACTIVATION_RULES
+    assert spec((4, 5), ("batch", None), activations) == P(("data", "fsdp"), None)
+    assert spec((2, 5), ("batch", None), activations) == P("data", None)
+    # Features of activations are whole where fsdp divides the parameters they meet.
+    assert spec((8, 8), ("embed", "heads"), activations) == P(None, "tensor")
     with pytest.raises(ValueError, match="embde"):
-        mesh_lib.partition_spec((8,), ("embde",), mesh)
+        spec((8,), ("embde",), rules)
+
+
+def test_constrain():
+    mesh = mesh_lib.make_mesh(sizes(data=2, context=2, tensor=2))
+    x = np.zeros((4, 6, 8), np.float32)
+    constrain = jax.jit(lambda x: mesh_lib.constrain(x, "batch", "sequence", None))
+    with jax.set_mesh(mesh):
+        assert constrain(x).sharding.spec == P("data", "context")
+        with pytest.raises(ValueError, match="sequenec"):
+            jax.jit(lambda x: mesh_lib.constrain(x, ..., "sequenec"))(x)
+    # The leading dimensions are left to the compiler, which leaves them as they are.
+    given = jax.device_put(x, NamedSharding(mesh, P("data", None, None)))
+    features = jax.jit(lambda x: mesh_lib.constrain(x, ..., "heads"))
+    with jax.set_mesh(mesh):
+        assert features(given).sharding.spec == P("data", None, "tensor")
+    # Without a mesh there is nothing to do, and nothing in the program.
+    text = jax.jit(lambda x: mesh_lib.constrain(x, "batch", "sequence", None)).lower(x).as_text()
+    assert "sharding" not in text
+
+
+def test_shard_map_gives_each_device_its_part():
+    seen = []
+
+    def add(x, y):
+        seen.append((x.shape, y.shape))
+        return x + y[:, None]
+
+    x, y = np.arange(48.0).reshape(4, 6, 2), np.arange(8.0).reshape(4, 2)
+    axes = ("batch", "sequence", None), ("batch", None)
+    with jax.set_mesh(mesh_lib.make_mesh(sizes(data=2, context=2, tensor=2))):
+        out = jax.jit(lambda x, y: mesh_lib.shard_map(add, *axes)(x, y))(x, y)
+    np.testing.assert_array_equal(out, add(x, y))
+    assert out.sharding.spec == P("data", "context")
+    assert seen[0] == ((2, 3, 2), (2, 2))
+    assert mesh_lib.shard_map(add, *axes) is add  # without a mesh
 
 
 def test_a_batch_is_divided_over_both_data_axes():
@@ -67,3 +139,4 @@ def test_a_batch_is_divided_over_both_data_axes():
     batch = mesh_lib.shard_batch({"x": x}, mesh)["x"]
     assert {s.data.shape for s in batch.addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(jax.device_get(batch), x)
+    np.testing.assert_array_equal(mesh_lib.batch_places(mesh, 8), np.arange(8))

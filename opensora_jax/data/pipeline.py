@@ -1,12 +1,13 @@
 """Grain input pipelines: batches of video clips for the VQ-VAE, of latents and text for the DiT.
 
-Each process reads its own share of every batch. The iterators have Grain's `get_state` and
-`set_state`; given the same state they go on with the same batches.
+Each process loads its own places of every batch. The iterators have Grain's `get_state` and
+`set_state`; the state is the number of batches drawn, so that a run goes on with the same batches
+on any number of processes.
 """
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grain
@@ -91,27 +92,48 @@ class ClipSource:
 
 
 def clips(
-    source: ClipSource,
+    source: ClipSource, *, batch_size: int, seed: int, places: Sequence[int] | None = None
+) -> grain.DatasetIterator:
+    """Endless shuffled batches {"video": uint8 (len(places), T, H, W, 3)}.
+
+    The place of a video that cannot be used is taken by the next one that can.
+
+    Args:
+      batch_size: examples of a batch, over all processes.
+      places: the examples of each batch that this process loads; None means all.
+    """
+
+    def load(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        candidates = (source.clip((index + i) % len(source), rng) for i in range(len(source)))
+        return next(clip for clip in candidates if clip is not None)
+
+    items = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
+    return _batches(items, load, batch_size=batch_size, seed=seed, places=places)
+
+
+def _batches(
+    items: grain.MapDataset,
+    load: Callable[[int, np.random.Generator], dict[str, np.ndarray]],
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    places: Sequence[int] | None,
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches {"video": uint8 (batch_size, T, H, W, 3)} of one process.
+    """Batches of what `load` makes of items, of which only `places` are loaded.
 
-    Args:
-      batch_size: examples of this process.
+    Items are allotted to places, and each place has its generator, before anything is loaded: all
+    processes together load the same batch, in the same order, however many they are.
     """
-    dataset = (
-        grain.MapDataset.source(source)
-        .shuffle(seed=seed)
-        .repeat()[process_index::process_count]
-        .random_map(source.clip, seed=seed)
-        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4 * batch_size))
-        .batch(batch_size, drop_remainder=True)
-    )
-    return iter(dataset)
+    chosen = range(batch_size) if places is None else places
+
+    def load_places(batch: list[int], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        seeds = rng.integers(2**63, size=batch_size)
+        examples = [load(batch[i], np.random.default_rng(seeds[i])) for i in chosen]
+        return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+
+    batches = items.batch(batch_size, drop_remainder=True, batch_fn=list)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(batches.random_map(load_places, seed=seed).to_iter_dataset(options))
 
 
 def pad_text(text_SD: np.ndarray, length: int) -> np.ndarray:
@@ -128,15 +150,16 @@ def latents(
     text_length: int,
     n_latent_frames: int,
     seed: int | None,
-    process_index: int = 0,
-    process_count: int = 1,
+    places: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """Batches of the dataset's `rows`: shuffled and endless with a seed, else in order and once.
 
-    Each batch holds codes (B, T, H, W) int32, text (B, S, D) float32 and text_length (B,) int32.
+    Each batch holds codes (B, T, H, W) int32, text (B, S, D) float32 and text_length (B,) int32,
+    B being the number of places.
 
     Args:
-      batch_size: examples of this process.
+      batch_size: examples of a batch, over all processes.
+      places: the examples of each batch that this process loads; None means all.
       text_length: S; longer texts are cut.
       n_latent_frames: T; of longer latents a random window is taken (the first without a seed).
     """
@@ -154,9 +177,7 @@ def latents(
     items = grain.MapDataset.source(_Rows(rows, dataset))
     if seed is not None:
         items = items.shuffle(seed=seed).repeat()
-    items = items[process_index::process_count].random_map(load, seed=seed or 0)
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return iter(items.batch(batch_size, drop_remainder=True).to_iter_dataset(options))
+    return _batches(items, load, batch_size=batch_size, seed=seed or 0, places=places)
 
 
 class _Rows:

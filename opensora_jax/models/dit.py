@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opensora_jax.mesh import constrain
+from opensora_jax.models import attention as attention_lib
 from opensora_jax.models import layers
-from opensora_jax.models.attention import attention
 
 # name -> (depth, width, heads), as in the paper.
 SIZES = {
@@ -28,10 +29,12 @@ SIZES = {
 }
 TEXT_MODES = ("cross_attention", "in_context")
 
-# What the backward pass finds saved: everything, only the outputs of matmuls, or block inputs.
+# What the backward pass finds saved: everything, only the outputs of matmuls (offload: in the
+# host's memory), or block inputs.
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -52,10 +55,11 @@ class Attention(nnx.Module):
         *,
         rngs: nnx.Rngs,
         qk_norm: bool,
+        implementation: str,
         dtype: jnp.dtype,
         zero_init: bool = False,
     ):
-        self.heads = heads
+        self.heads, self.implementation = heads, implementation
         to_heads = functools.partial(
             layers.Dense, width, width, axes=("embed", "heads"), rngs=rngs, dtype=dtype
         )
@@ -86,7 +90,14 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if angles_NK is not None:
             q, k = layers.apply_rotary(q, angles_NK), layers.apply_rotary(k, angles_NK)
-        out_BNHK = attention(q, k, v, lengths_B)
+        out_BNHK = attention_lib.attention(
+            q,
+            k,
+            v,
+            lengths_B,
+            implementation=self.implementation,
+            divided_keys=context_BSD is None,
+        )
         return self.out(out_BNHK.reshape(x_BND.shape))
 
 
@@ -106,7 +117,17 @@ def modulate(x_BND: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.
     """Layer normalization with shift and scale given by the condition."""
     n = x_BND.shape[1]
     scale_BND, shift_BND = layers.over_tokens(1 + scale_BD, n), layers.over_tokens(shift_BD, n)
-    return layers.layer_normalize(x_BND) * scale_BND + shift_BND
+    return divide_tokens(layers.layer_normalize(x_BND) * scale_BND + shift_BND)
+
+
+def split_modulation(modulation_BM: jax.Array, n: int) -> list[jax.Array]:
+    """n shifts, scales and gates (B, D), each whole on every device."""
+    return [constrain(part_BD, "batch", None) for part_BD in jnp.split(modulation_BM, n, axis=-1)]
+
+
+def divide_tokens(x_BND: jax.Array) -> jax.Array:
+    """x with examples and tokens divided over devices and features whole."""
+    return constrain(x_BND, "batch", "sequence", None)
 
 
 class Block(nnx.Module):
@@ -120,15 +141,15 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         qk_norm: bool,
         cross_attention: bool,
+        implementation: str,
         mlp_ratio: float = 4.0,
         dtype: jnp.dtype = jnp.float32,
     ):
         common = {"rngs": rngs, "dtype": dtype}
-        self.attention = Attention(width, heads, qk_norm=qk_norm, **common)
+        heads = {"heads": heads, "qk_norm": qk_norm, "implementation": implementation}
+        self.attention = Attention(width, **heads, **common)
         self.cross_attention = (
-            Attention(width, heads, qk_norm=qk_norm, zero_init=True, **common)
-            if cross_attention
-            else None
+            Attention(width, **heads, zero_init=True, **common) if cross_attention else None
         )
         self.mlp = MLP(width, int(width * mlp_ratio), **common)
         self.modulation = layers.Dense(
@@ -145,20 +166,21 @@ class Block(nnx.Module):
         angles_NK: jax.Array | None = None,
         lengths_B: jax.Array | None = None,
     ) -> jax.Array:
-        modulation = self.modulation(jax.nn.silu(condition_BD))
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_modulation(
+            self.modulation(jax.nn.silu(condition_BD)), 6
+        )
         h = self.attention(
             modulate(x_BND, shift_a, scale_a), angles_NK=angles_NK, lengths_B=lengths_B
         )
         n = x_BND.shape[1]
-        x_BND = x_BND + layers.over_tokens(gate_a, n) * h
+        x_BND = divide_tokens(x_BND + layers.over_tokens(gate_a, n) * h)
         if self.cross_attention is not None:
             h = self.cross_attention(
-                layers.layer_normalize(x_BND), text_BSD, lengths_B=text_lengths_B
+                divide_tokens(layers.layer_normalize(x_BND)), text_BSD, lengths_B=text_lengths_B
             )
-            x_BND = x_BND + h
+            x_BND = divide_tokens(x_BND + h)
         h = self.mlp(modulate(x_BND, shift_m, scale_m))
-        return x_BND + layers.over_tokens(gate_m, n) * h
+        return divide_tokens(x_BND + layers.over_tokens(gate_m, n) * h)
 
 
 class DiT(nnx.Module):
@@ -171,6 +193,7 @@ class DiT(nnx.Module):
       text_width: E, width of the text features.
       text_mode: one of `TEXT_MODES`.
       rotary, qk_norm: off only to reproduce facebookresearch/DiT's block.
+      attention: one of `models.attention.NAMES`.
       remat: one of `REMAT_POLICIES`.
       unroll: blocks in a row that are compiled as one piece; more run faster and compile slower.
       dtype: compute; parameters are float32.
@@ -189,6 +212,7 @@ class DiT(nnx.Module):
         text_mode: str = "cross_attention",
         rotary: bool = True,
         qk_norm: bool = True,
+        attention: str = "auto",
         remat: str = "none",
         unroll: int = 1,
         rngs: nnx.Rngs,
@@ -203,6 +227,9 @@ class DiT(nnx.Module):
         self.patch, self.heads, self.out_channels = patch, heads, out_channels
         self.text_mode, self.rotary, self.dtype = text_mode, rotary, dtype
         self.remat, self.unroll = remat, unroll
+        implementation = attention_lib.choose(
+            attention, jax.default_backend(), head_size=width // heads, dtype=dtype
+        )
         common = {"rngs": rngs, "dtype": dtype}
         tokens = patch * patch
         normal = nnx.initializers.normal(0.02)
@@ -225,6 +252,7 @@ class DiT(nnx.Module):
                 rngs=rngs,
                 qk_norm=qk_norm,
                 cross_attention=text_mode == "cross_attention",
+                implementation=implementation,
                 dtype=dtype,
             )
 
@@ -263,7 +291,8 @@ class DiT(nnx.Module):
 
         text_BSE = layers.layer_normalize(text_BSE.astype(self.dtype))
         condition_BD = self._time(time_B) + self._pooled_text(text_BSE, text_lengths_B)
-        text_BSD = self.text_in(text_BSE)
+        condition_BD = constrain(condition_BD, "batch", None)
+        text_BSD = constrain(self.text_in(text_BSE), "batch", None, None)
         x_BND = self.patch_embedding(_to_patches(x_BTHWC.astype(self.dtype), p))
         n, width = x_BND.shape[1:]
         tokens = (t, h // p, w // p)
@@ -275,6 +304,9 @@ class DiT(nnx.Module):
         in_context = self.text_mode == "in_context"
         if in_context:
             x_BND = jnp.concatenate([x_BND, text_BSD], axis=1)
+            if angles_NK is not None:  # text does not turn
+                angles_NK = jnp.pad(angles_NK, ((0, text_BSD.shape[1]), (0, 0)))
+        x_BND = divide_tokens(x_BND)
         graph, blocks = nnx.split(self.blocks)
 
         def block(x_BND, weights):
@@ -293,7 +325,7 @@ class DiT(nnx.Module):
         if policy is not None:
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
         x_BND, _ = jax.lax.scan(block, x_BND, nnx.to_pure_dict(blocks), unroll=self.unroll)
-        shift, scale = jnp.split(self.final_modulation(jax.nn.silu(condition_BD)), 2, axis=-1)
+        shift, scale = split_modulation(self.final_modulation(jax.nn.silu(condition_BD)), 2)
         out = self.final(modulate(x_BND[:, :n], shift, scale))
         return _from_patches(out, (t, h, w), p).astype(jnp.float32)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opensora_jax.mesh import constrain
 from opensora_jax.models import layers
 from opensora_jax.models.codebook import Codebook
 from opensora_jax.models.conv import conv
@@ -65,7 +66,7 @@ class Conv(nnx.Module):
         for axis, s in enumerate(self.stride):
             if s == 2:
                 x, w = _fold(x, axis + 1, channel=4), _fold(w, axis, channel=3)
-        y = conv(x, w.astype(self.dtype))
+        y = constrain(conv(constrain(x, ..., "conv_in"), w.astype(self.dtype)), ..., "conv_out")
         return y if self.bias is None else layers.add_bias(y, self.bias[...].astype(self.dtype))
 
 
@@ -103,7 +104,7 @@ class ConvTranspose(nnx.Module):
                 # Output 2q + r sees taps (3 - r, 1 - r) of two neighbouring inputs.
                 pairs = w.reshape(*w.shape[:axis], 2, 2, *w.shape[axis + 1 :])
                 w = _fold(jnp.flip(pairs, axis).reshape(w.shape), axis, channel=4)
-        y = conv(x, w.astype(self.dtype))
+        y = constrain(conv(constrain(x, ..., "conv_in"), w.astype(self.dtype)), ..., "conv_out")
         for axis in reversed(range(3)):
             if self.stride[axis] == 2:
                 y = _unfold(y, axis + 1, channel=4)

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from opensora_jax import files
+from opensora_jax import mesh as mesh_lib
 from opensora_jax.models import dit, flops
 from opensora_jax.models.dit import DiT
 from opensora_jax.models.vqvae import VQVAE
@@ -64,12 +66,16 @@ def dit_arguments(c: ConfigDict, *, channels: int, text_width: int) -> dict[str,
 
 
 def dit_maker(
-    arguments: dict[str, Any], *, dtype: str, remat: str = "none", unroll: int = 1
+    arguments: dict[str, Any],
+    *,
+    dtype: str,
+    attention: str = "auto",
+    remat: str = "none",
+    unroll: int = 1,
 ) -> Callable[[nnx.Rngs], DiT]:
     """The constructor of a DiT with the `arguments` of `dit_arguments`."""
-    return lambda rngs: DiT(
-        **arguments, remat=remat, unroll=unroll, dtype=compute_dtype(dtype), rngs=rngs
-    )
+    how = {"attention": attention, "remat": remat, "unroll": unroll}
+    return lambda rngs: DiT(**arguments, **how, dtype=compute_dtype(dtype), rngs=rngs)
 
 
 def optimizer(c: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -130,7 +136,7 @@ def dit_training(
         )
     arguments = dit_arguments(c, channels=latents.channels, text_width=text_width)
     task = DiTTask(
-        dit_maker(arguments, dtype=c.dtype, remat=c.remat, unroll=c.unroll),
+        dit_maker(arguments, dtype=c.dtype, attention=c.attention, remat=c.remat, unroll=c.unroll),
         latents,
         caption_dropout=c.caption_dropout,
         time_shift=c.time_shift,
@@ -150,13 +156,9 @@ def dit_training(
     )
 
 
-def process_share(batch_size: int) -> dict[str, int]:
-    """This process's share of a batch, as arguments of the pipelines."""
-    return {
-        "batch_size": batch_size // jax.process_count(),
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
+def process_share(mesh: Mesh, batch_size: int) -> dict[str, Any]:
+    """Batches and this process's places in them, as arguments of the pipelines."""
+    return {"batch_size": batch_size, "places": mesh_lib.batch_places(mesh, batch_size)}
 
 
 def is_trained(folder: Path, steps: int) -> bool:

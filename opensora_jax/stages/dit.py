@@ -1,10 +1,12 @@
 """The stage that trains the DiT on an Arrow dataset."""
 
 import logging
+import math
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from opensora_jax import mesh as mesh_lib
@@ -54,6 +56,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         text_width=data.metadata["text_width"],
     )
     task = training.task
+    mesh = mesh_lib.make_mesh(config.mesh)
+    _check_sequence(c, mesh, grid, text_length)
     start_from = dict
     if c.init_from:  # checked before the folder is claimed, so that sizes can still be changed
         start_from = open_blocks(c.init_from, common.dit_maker(training.dit, dtype=c.dtype))
@@ -80,10 +84,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
             text_length=text_length,
             n_latent_frames=n_frames,
             seed=seed,
-            **common.process_share(c.batch_size),
+            **common.process_share(mesh, c.batch_size),
         )
 
-    mesh = mesh_lib.make_mesh(config.mesh)
     evaluations = []
     if len(validation_rows):
         evaluations.append(
@@ -104,6 +107,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
         start_from=start_from,
     )
     common.mark_trained(folder, c.steps)
+
+
+def _check_sequence(
+    c: ConfigDict, mesh: Mesh, grid: tuple[int, int, int], text_length: int
+) -> None:
+    """The context axis divides the sequence evenly."""
+    n, devices = math.prod(grid) // c.patch**2, mesh.shape["context"]
+    what = f"{n} tokens of a {'x'.join(map(str, grid))} grid in patches of {c.patch}"
+    if c.text_mode == "in_context":
+        n, what = n + text_length, f"{what} and {text_length} of text"
+    if n % devices:
+        raise ValueError(f"config.mesh.context={devices}: expected a divisor of the {what}")
 
 
 def _usable_rows(
@@ -127,7 +142,8 @@ def _validation(task: DiTTask, batches, mesh):
     held = [mesh_lib.shard_batch(next(batches), mesh) for _ in range(N_VALIDATION_BATCHES)]
 
     def run(state: TrainState) -> dict[str, float]:
-        values = [step(state.ema, batch, rngs.key(0, "validation")) for batch in held]
+        with jax.set_mesh(mesh):
+            values = [step(state.ema, batch, rngs.key(0, "validation")) for batch in held]
         values = jax.device_get(values)
         return {name: float(np.mean([v[name] for v in values])) for name in values[0]}
 

@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             f"at least vqvae.n_frames={c.n_frames} frames"
         )
     mesh = mesh_lib.make_mesh(config.mesh)
-    batches = pipeline.clips(source, seed=config.seed, **common.process_share(c.batch_size))
+    batches = pipeline.clips(source, seed=config.seed, **common.process_share(mesh, c.batch_size))
     held_out = HeldOut(config, workdir, source)
     tx, schedule = common.optimizer(c)
     loop.fit(
@@ -109,14 +109,17 @@ class HeldOut:
         self._eval_step = None
 
     def __call__(self, task: VQVAETask, state: TrainState, folder: Path) -> dict[str, float]:
+        mesh = jax.tree.leaves(state.params)[0].sharding.mesh
         if self._eval_step is None:
-            self._eval_step = jax.jit(task.eval_step)
+            # Whole, so that every process can read it.
+            self._eval_step = jax.jit(task.eval_step, out_shardings=mesh_lib.replicated(mesh))
         recons, codes = [], []
         n = len(self._videos)
         for start in range(0, n, self._batch_size):
             # The last batch is filled up, so that one compilation serves all.
             index = np.minimum(np.arange(start, start + self._batch_size), n - 1)
-            _, out = self._eval_step(state.ema, state.extra, {"video": self._videos[index]})
+            with jax.set_mesh(mesh):
+                _, out = self._eval_step(state.ema, state.extra, {"video": self._videos[index]})
             recons.append(np.asarray(out["recon"])[: n - start])
             codes.append(np.asarray(out["codes"])[: n - start])
         recons, codes = np.concatenate(recons), np.concatenate(codes)
@@ -132,7 +135,8 @@ class HeldOut:
         if self._labels:
             score = shapes.score(recons, self._labels[:n])
             result |= {f"detected_{name}": value for name, value in score.items()}
-        self._write(folder, int(state.step), recons, result, counts)
+        if jax.process_index() == 0:
+            self._write(folder, int(state.step), recons, result, counts)
         return {f"held_out/{name}": float(value) for name, value in result.items()}
 
     def _write(self, folder, step, recons, result, counts) -> None:

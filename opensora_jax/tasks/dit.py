@@ -88,7 +88,8 @@ class DiTTask:
         return nnx.to_pure_dict(params), {}
 
     def param_shardings(self, mesh: Mesh) -> PyTree:
-        return nnx.to_pure_dict(mesh_lib.param_shardings(self._params, mesh))
+        shardings = mesh_lib.param_shardings(self._params, mesh_lib.DIT_RULES, mesh)
+        return nnx.to_pure_dict(shardings)
 
     def model(self, params: PyTree) -> DiT:
         return nnx.merge(self._graphdef, params, {})

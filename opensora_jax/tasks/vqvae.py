@@ -16,7 +16,8 @@ PyTree = Any
 
 
 def to_float(video: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-0.5, 0.5]."""
+    """uint8 -> float32 in [-0.5, 0.5], with videos divided over devices."""
+    video = mesh_lib.constrain(video, "clip", None, None, None, None)
     return video.astype(jnp.float32) / 255.0 - 0.5
 
 
@@ -47,7 +48,8 @@ class VQVAETask:
         return nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
 
     def param_shardings(self, mesh: Mesh) -> PyTree:
-        return nnx.to_pure_dict(mesh_lib.param_shardings(self._params, mesh))
+        shardings = mesh_lib.param_shardings(self._params, mesh_lib.VQVAE_RULES, mesh)
+        return nnx.to_pure_dict(shardings)
 
     def model(self, params: PyTree, extra: PyTree) -> VQVAE:
         """The model of a state, in evaluation mode."""

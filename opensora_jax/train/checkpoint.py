@@ -88,8 +88,9 @@ def claim(folder: epath.PathLike, description: dict[str, PyTree]) -> None:
     path = epath.Path(folder) / MODEL_FILE
     description = json.loads(json.dumps(description))
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, description)
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(path, description)
         return
     known = read_description(folder)
     keys = sorted(known.keys() | description.keys())

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
-from opensora_jax.train import checkpoint, writer
+from opensora_jax.train import checkpoint, summary, writer
 from opensora_jax.train import state as state_lib
 from opensora_jax.train.state import Task, TrainState
 from opensora_jax.train.step import Metrics, Settings, jit_train_step
@@ -72,10 +72,17 @@ def fit(
             state, data_state = checkpoints.restore(state)
             batches.set_state(data_state)
             logger.info("%s: going on from step %d", folder.name, int(state.step))
+        logger.info("%s: %s", folder.name, summary.table(state))
         update = jit_train_step(task, tx, schedule, settings, shardings)
         first = int(state.step)
         log = stack.enter_context(contextlib.closing(writer.MetricsWriter(folder, first)))
-        progress = tqdm(total=settings.steps, initial=first, desc=folder.name, unit="step")
+        progress = tqdm(
+            total=settings.steps,
+            initial=first,
+            desc=folder.name,
+            unit="step",
+            disable=jax.process_index() > 0,
+        )
         stack.enter_context(progress)
         window = _Window(settings)
 
@@ -91,7 +98,7 @@ def fit(
 
         for step in range(first + 1, settings.steps + 1):
             batch = window.timed(lambda: mesh_lib.shard_batch(next(batches), mesh))
-            with jax.transfer_guard("disallow"):
+            with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
                 state, metrics = update(state, batch)
             window.add(metrics)
             is_last = step == settings.steps

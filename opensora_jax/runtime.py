@@ -1,0 +1,59 @@
+"""What a command sets up before it touches devices: processes, compiled programs, logs."""
+
+import glob
+import logging
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import jax
+from absl import logging as absl_logging
+
+_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+
+
+def start() -> None:
+    """Joins the other processes, if there are any, keeps compiled programs, and sets up logs."""
+    if _n_processes() > 1:
+        _join_processes()
+    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR names another
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "opensora_jax" / "compiled"))
+    # Ours speak, in one process; Orbax and JAX only when something is wrong.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    level = logging.INFO if jax.process_index() == 0 else logging.ERROR
+    logging.getLogger("opensora_jax").setLevel(level)
+
+
+def _join_processes() -> None:
+    """`jax.distributed.initialize`, which finds what is not given here in the cluster itself."""
+    given = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    jax.distributed.initialize(
+        **{name: int(os.environ[key]) for name, key in given.items() if key in os.environ}
+    )
+
+
+def _n_processes() -> int:
+    """How many processes the environment says this run has: JAX_NUM_PROCESSES (beside
+    JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID), Slurm, Open MPI or a TPU pod."""
+    for name in ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    platforms = jax.config.jax_platforms or "tpu"
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return _n_tpu_hosts() if chips and "tpu" in platforms else 1
+
+
+def _n_tpu_hosts() -> int:
+    slices = int(os.environ.get("MEGASCALE_NUM_SLICES", 1))
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES")
+    if hosts is None:
+        request = urllib.request.Request(
+            _METADATA + "worker-network-endpoints", headers={"Metadata-Flavor": "Google"}
+        )
+        try:
+            hosts = urllib.request.urlopen(request, timeout=5).read().decode()
+        except (urllib.error.URLError, TimeoutError):  # not on Google's cloud: one host
+            hosts = ""
+    return slices * len(hosts.split(","))

@@ -1,0 +1,143 @@
+"""Input pipelines: the same batches on any number of processes."""
+
+import itertools
+import logging
+
+import numpy as np
+import pytest
+
+from opensora_jax.data import dataset, pipeline, video_io
+
+N_ROWS, BATCH = 24, 8
+METADATA = {
+    "downsample": [4, 4, 4],
+    "vqvae": "vqvae",
+    "text_model": "text_model",
+    "resolution": [8, 8],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Rows that their text and codes tell apart, of five latent frames each."""
+    folder = tmp_path_factory.mktemp("dataset")
+    rows = [
+        {
+            "video_file": f"video{i}.mp4",
+            "caption": f"caption {i}",
+            "fps": 8.0,
+            "video_latent_states": np.arange(5)[:, None, None] + np.zeros((5, 2, 2), int),
+            "text_latent_states": np.full((1 + i % 3, 4), i, np.float32),
+        }
+        for i in range(N_ROWS)
+    ]
+    dataset.write_part(folder, 0, rows, 50, {"kept": N_ROWS, "filtered": [], "failed": []})
+    dataset.finish_dataset(folder, METADATA, np.zeros((50, 4), np.float32))
+    return dataset.open_dataset(folder)
+
+
+def latents(data, places=None, seed=0):
+    return pipeline.latents(
+        data,
+        np.arange(N_ROWS),
+        batch_size=BATCH,
+        text_length=3,
+        n_latent_frames=3,
+        seed=seed,
+        places=places,
+    )
+
+
+def draw(iterator, n):
+    return list(itertools.islice(iterator, n))
+
+
+def row_numbers(batches):
+    return np.array([batch["text"][:, 0, 0] for batch in batches]).astype(int)
+
+
+def test_an_epoch_has_every_row_once_and_the_next_another_order(data):
+    batches = draw(latents(data), 6)
+    first, second = row_numbers(batches).reshape(2, N_ROWS)
+    assert sorted(first) == sorted(second) == list(range(N_ROWS))
+    assert not np.array_equal(first, second)
+    # Windows start at random, within the video.
+    starts = {int(codes[0, 0, 0]) for batch in batches for codes in batch["codes"]}
+    assert starts == {0, 1, 2}
+    for batch in batches:
+        assert batch["codes"].shape == (BATCH, 3, 2, 2)
+        assert batch["text"].shape == (BATCH, 3, 4)
+        np.testing.assert_array_equal(batch["text_length"], 1 + batch["text"][:, 0, 0] % 3)
+
+
+@pytest.mark.parametrize("shares", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 4], [1, 5], [2, 6], [3, 7]]])
+def test_processes_together_load_the_batches_of_one(data, shares):
+    whole = draw(latents(data), 6)
+    for places in shares:
+        for batch, part in zip(whole, draw(latents(data, places), 6), strict=True):
+            for name, array in batch.items():
+                np.testing.assert_array_equal(part[name], array[places])
+
+
+def test_a_process_reads_only_its_places(data, monkeypatch):
+    read = []
+    get = dataset.LatentDataset.__getitem__
+    monkeypatch.setattr(
+        dataset.LatentDataset, "__getitem__", lambda self, i: read.append(i) or get(self, i)
+    )
+    batches = latents(data, places=[2, 5])
+    rows = row_numbers(draw(batches, 3)).reshape(-1)
+    # Some batches more are read ahead.
+    assert set(rows) <= set(read)
+    assert len(read) <= (3 + 6) * 2
+
+
+def test_the_state_goes_on_with_the_same_batches_on_other_processes(data):
+    whole = draw(latents(data), 6)
+    first = latents(data, places=[0, 1, 2, 3])
+    draw(first, 2)
+    state = first.get_state()
+    assert state == {"next_index": 2}
+    for places in ([0, 1], [6, 7], range(BATCH)):
+        other = latents(data, places)
+        other.set_state(state)
+        for batch, part in zip(whole[2:], draw(other, 4), strict=True):
+            np.testing.assert_array_equal(part["codes"], batch["codes"][places])
+            np.testing.assert_array_equal(part["text"], batch["text"][places])
+
+
+def test_without_a_seed_rows_come_once_and_in_order(data):
+    batches = list(latents(data, seed=None))
+    np.testing.assert_array_equal(row_numbers(batches).reshape(-1), np.arange(N_ROWS))
+    assert (batches[0]["codes"][:, 0] == 0).all()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Six videos, each of one gray; the third is no video and the fifth too short."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(6):
+        n_frames = 2 if i == 4 else 6
+        frames = np.full((n_frames, 16, 16, 3), 40 * i, np.uint8)
+        video_io.write_video(folder / f"video{i}.mp4", frames, 8.0)
+    (folder / "video2.mp4").write_bytes(b"not a video")
+    return folder
+
+
+def clips(videos, places=None):
+    source = pipeline.ClipSource(pipeline.find_videos(videos), n_frames=4, resolution=16)
+    return pipeline.clips(source, batch_size=6, seed=0, places=places)
+
+
+def test_a_video_that_cannot_be_used_gives_its_place_to_the_next(videos, caplog):
+    with caplog.at_level(logging.WARNING):
+        batches = draw(clips(videos), 3)
+    for batch in batches:
+        assert batch["video"].shape == (6, 4, 16, 16, 3)
+        grays = np.round(batch["video"][:, 0, 8, 8, 0] / 40).astype(int)
+        assert sorted(grays) == [0, 1, 3, 3, 5, 5]
+    for name in ("video2.mp4", "video4.mp4"):
+        assert sum(name in record.getMessage() for record in caplog.records) == 1
+    for places in ([0, 1, 2], [3, 4, 5]):
+        for batch, part in zip(batches, draw(clips(videos, places), 3), strict=True):
+            np.testing.assert_array_equal(part["video"], batch["video"][places])

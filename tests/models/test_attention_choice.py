@@ -1,0 +1,95 @@
+"""Which attention runs where, and the TPU's, interpreted, against plain attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opensora_jax import mesh as mesh_lib
+from opensora_jax.models import attention as attention_lib
+from opensora_jax.models.dit import DiT
+
+
+@pytest.mark.parametrize(
+    ("backend", "head_size", "dtype", "expected"),
+    [
+        ("cpu", 64, jnp.float32, "xla"),
+        ("gpu", 64, jnp.bfloat16, "cudnn"),
+        ("gpu", 72, jnp.float16, "cudnn"),
+        ("gpu", 64, jnp.float32, "xla"),
+        ("gpu", 60, jnp.bfloat16, "xla"),
+        ("gpu", 136, jnp.bfloat16, "xla"),
+        ("tpu", 72, jnp.bfloat16, "splash"),
+    ],
+)
+def test_auto_is_what_the_device_can_do(backend, head_size, dtype, expected):
+    heads = {"head_size": head_size, "dtype": dtype}
+    assert attention_lib.choose("auto", backend, **heads) == expected
+    assert attention_lib.choose("xla", backend, **heads) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("name", "head_size", "dtype", "message"),
+    [
+        ("flash", 64, jnp.bfloat16, r"attention='flash': expected one of auto, xla, cudnn, splash"),
+        ("cudnn", 64, jnp.float32, r"attention='cudnn': expected bfloat16 .*not float32 and 64"),
+        ("cudnn", 20, jnp.bfloat16, r"attention='cudnn': .*multiple of 8.*not bfloat16 and 20"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(name, head_size, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(
+            lambda: DiT(
+                depth=1, width=2 * head_size, heads=2, channels=4, out_channels=4, patch=2,
+                text_width=8, attention=name, dtype=dtype, rngs=jax.random.key(0),
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [None, (3, 9)])
+def test_splash_attention_is_attention(lengths):
+    # 140 queries and 9 keys: neither fills blocks of 128.
+    b, n, s, h, size = 2, 140, 9, 2, 16
+    shapes = ((b, n, h, size), (b, s, h, size), (b, s, h, size), (b, n, h, size))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    *arrays, d_out = (jax.random.normal(key, x) for key, x in zip(keys, shapes, strict=True))
+    lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
+
+    def splash(q, k, v):
+        return attention_lib._splash(q, k, v, lengths, interpret=True)
+
+    def plain(q, k, v):
+        return attention_lib.attention(q, k, v, lengths)
+
+    (out, vjp), (expected, expected_vjp) = jax.vjp(splash, *arrays), jax.vjp(plain, *arrays)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for a, b in zip(vjp(d_out), expected_vjp(d_out), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 128, 129, 512, 513, 1568, 2304])
+def test_blocks_cover_with_little_padding(n):
+    block = attention_lib._block(n)
+    assert block % 128 == 0
+    assert block <= 512
+    assert -n % block < 128 * -(-n // 512)
+
+
+@pytest.mark.parametrize("divided_keys", [False, True])
+def test_divided_attention_is_attention(divided_keys):
+    mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 1, "context": 2, "tensor": 2})
+    s = 6 if divided_keys else 5
+    q, k, v = (
+        np.random.default_rng(i).normal(size=(4, n, 4, 8)).astype(np.float32)
+        for i, n in enumerate((6, s, s))
+    )
+    lengths = np.array([1, 2, 5, 3], np.int32)
+    expected = attention_lib.attention(q, k, v, lengths)
+    divided = jax.jit(functools.partial(attention_lib.attention, divided_keys=divided_keys))
+    with jax.set_mesh(mesh):
+        out = divided(q, k, v, lengths)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    # Divided over examples, tokens and heads.
+    assert {x.data.shape for x in out.addressable_shards} == {(2, 3, 2, 8)}
