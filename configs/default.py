@@ -73,6 +73,9 @@ def get_config() -> ConfigDict:
     c.vqvae.log_every = 50  # steps
     c.vqvae.eval_every = 2000  # steps
     c.vqvae.checkpoint_every = 1000  # steps
+    c.vqvae.keep_checkpoints = 2  # the last ones
+    c.vqvae.keep_every = 0  # steps between checkpoints that are kept for good; 0: none
+    c.vqvae.max_skipped_steps = 10  # in a row: so many that are not finite stop the training
 
     # Videos and captions -> the Arrow dataset.
     c.preprocess = ConfigDict()
@@ -121,6 +124,9 @@ def get_config() -> ConfigDict:
     c.dit.log_every = 50  # steps
     c.dit.eval_every = 2000  # steps between validations and sample videos
     c.dit.checkpoint_every = 1000  # steps
+    c.dit.keep_checkpoints = 2  # the last ones
+    c.dit.keep_every = 0  # steps between checkpoints that are kept for good; 0: none
+    c.dit.max_skipped_steps = 10  # in a row: so many that are not finite stop the training
 
     # What bench and plan, which see no data, cannot take from elsewhere.
     c.bench = ConfigDict()

@@ -31,6 +31,8 @@ _POSITIVE = [
     "vqvae.log_every",
     "vqvae.eval_every",
     "vqvae.checkpoint_every",
+    "vqvae.keep_checkpoints",
+    "vqvae.max_skipped_steps",
     "preprocess.resolution",
     "preprocess.max_frames",
     "preprocess.batch_size",
@@ -46,6 +48,8 @@ _POSITIVE = [
     "dit.log_every",
     "dit.eval_every",
     "dit.checkpoint_every",
+    "dit.keep_checkpoints",
+    "dit.max_skipped_steps",
     "bench.text_width",
     "sample.steps",
     "sample.guidance",
@@ -58,6 +62,7 @@ _NOT_NEGATIVE = [
     "vqvae.fps",
     "vqvae.warmup_steps",
     "vqvae.weight_decay",
+    "vqvae.keep_every",
     "preprocess.fps",
     "preprocess.n_frames",
     "preprocess.window",
@@ -65,6 +70,7 @@ _NOT_NEGATIVE = [
     "dit.n_latent_frames",
     "dit.warmup_steps",
     "dit.weight_decay",
+    "dit.keep_every",
 ]
 _SHARES = [
     "vqvae.b1",
@@ -137,6 +143,14 @@ def config(c: ConfigDict, devices: Sequence | None = None) -> None:
             c, "dit.width", lambda v: v % even == 0, f"an even multiple of dit.heads={c.dit.heads}"
         )
     _check_video(c)
+    for part in ("vqvae", "dit"):
+        every = c[part].checkpoint_every
+        _expect(
+            c,
+            f"{part}.keep_every",
+            lambda v, every=every: v % every == 0,
+            f"0, or a multiple of {part}.checkpoint_every={every}",
+        )
     _check_devices(c, jax.devices() if devices is None else devices)
 
 

@@ -7,8 +7,8 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 
-# What a bad configuration, bad data or a missing file raises, told without a traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
+# What bad configurations, bad data, missing files or full disks raise, told without a traceback.
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

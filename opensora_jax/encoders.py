@@ -48,9 +48,7 @@ def load_vqvae(path: str | Path) -> VQVAE:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
         {"ema": params, "extra": extra},
     )
-    checkpoints = checkpoint.Checkpoints(path)
-    restored = checkpoints.restore_items(like)
-    checkpoints.close()
+    restored = checkpoint.restore_items(path, like)
     return task.model(restored["ema"], restored["extra"])
 
 

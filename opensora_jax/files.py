@@ -1,6 +1,8 @@
-"""Writing files so that none is ever seen half-written."""
+"""Writing files so that none is ever seen half-written, and errors that name the file."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -10,10 +12,38 @@ def write_text(path: epath.PathLike, text: str) -> None:
     """Writes under a temporary name and renames it: the file is whole or absent."""
     path = epath.Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(text.encode())
-    temporary.replace(path)
+    with _naming(path):
+        temporary.write_bytes(text.encode())
+        temporary.replace(path)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Writes `value` as JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def append_text(path: epath.PathLike, text: str) -> None:
+    """Adds `text` to the end of a file that exists."""
+    path = epath.Path(path)
+    with _naming(path):
+        if is_remote(path):  # object stores cannot append
+            path.write_bytes(path.read_bytes() + text.encode())
+            return
+        with path.open("a") as f:
+            f.write(text)
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is an object store's, as gs://bucket/folder is."""
+    return "://" in str(epath.Path(path))
+
+
+@contextlib.contextmanager
+def _naming(path: epath.Path) -> Iterator[None]:
+    """A full disk, say, raises an error that does not tell where."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error

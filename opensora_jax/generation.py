@@ -55,17 +55,22 @@ class Generator:
             )
         return cls(task, description)
 
-    def restore(self, folder: Path) -> PyTree:
-        """The averaged weights of the last checkpoint in `folder`."""
+    def restore(self, folder: Path, *, best: bool = False) -> PyTree:
+        """The averaged weights of the last checkpoint in `folder`.
+
+        Args:
+          best: those of the lowest validation loss instead.
+
+        Raises:
+          FileNotFoundError: none there, or none that is not damaged.
+        """
         params, _ = jax.eval_shape(self.task.init, jax.random.key(0))
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params
         )
-        checkpoints = checkpoint.Checkpoints(folder)
-        restored = checkpoints.restore_items({"ema": like})
-        checkpoints.close()
-        return restored["ema"]
+        name = checkpoint.BEST if best else checkpoint.FOLDER
+        return checkpoint.restore_items(folder, {"ema": like}, name=name)["ema"]
 
     def latent_grid(
         self, n_frames: int | None = None, height: int | None = None, width: int | None = None

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     grid = generator.latent_grid(args.frames, args.height, args.width)
     videos = generator.sample(
         prompts,
-        params=generator.restore(folder),
+        params=generator.restore(folder, best=args.best),
         steps=args.steps,
         guidance=args.guidance,
         seed=args.seed,
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", default=[], help="what to show; may be given several times")
     add("--prompts_file", help="a text file with one prompt a line")
     add("--output", default="out.mp4", help=".mp4 or .gif; several prompts are numbered")
+    add("--best", action="store_true", help="weights of the lowest validation loss, not the last")
     add("--steps", type=_positive(int), default=30, help="Euler steps")
     add("--guidance", type=_positive(float), default=2.0, help="guidance scale; 1 is off")
     add("--seed", type=int, default=0, help="of the noise; the same seed gives the same bytes")
@@ -89,5 +90,5 @@ def _positive(kind):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

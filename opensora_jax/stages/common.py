@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from opensora_jax import files
+from opensora_jax import files, hardware
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.models import dit, flops
 from opensora_jax.models.dit import DiT
@@ -92,7 +92,10 @@ def optimizer(c: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedu
     return tx, schedule
 
 
-def settings(c: ConfigDict, seed: int, tokens_per_step: int) -> Settings:
+def settings(
+    c: ConfigDict, seed: int, *, tokens_per_step: int, flops_per_step: float = 0.0
+) -> Settings:
+    """The settings of `config.vqvae` or `config.dit`; FLOPs of 0 are not known."""
     return Settings(
         steps=c.steps,
         seed=seed,
@@ -101,7 +104,18 @@ def settings(c: ConfigDict, seed: int, tokens_per_step: int) -> Settings:
         log_every=c.log_every,
         checkpoint_every=c.checkpoint_every,
         tokens_per_step=tokens_per_step,
+        flops_per_step=flops_per_step,
+        peak_flops=hardware.peak_flops(jax.devices()[0].device_kind) or 0.0,
+        keep_checkpoints=c.keep_checkpoints,
+        keep_every=c.keep_every,
+        max_skipped_steps=c.max_skipped_steps,
     )
+
+
+def recorded(config: ConfigDict, part: str) -> dict[str, Any]:
+    """What checkpoints of `part`, vqvae or dit, say of the configuration, for JSON."""
+    chosen = {name: config[name] for name in ("seed", "mesh", "data", part)}
+    return json.loads(ConfigDict(chosen).to_json())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,15 +158,16 @@ def dit_training(
     )
     tx, schedule = optimizer(c)
     tokens = c.batch_size * math.prod(grid) // c.patch**2
+    n_flops = flops.dit_step_flops(
+        arguments, grid=grid, text_length=text_length, batch_size=c.batch_size
+    )
     return DiTTraining(
         dit=arguments,
         task=task,
         tx=tx,
         schedule=schedule,
-        settings=settings(c, config.seed, tokens_per_step=tokens),
-        flops_per_step=flops.dit_step_flops(
-            arguments, grid=grid, text_length=text_length, batch_size=c.batch_size
-        ),
+        settings=settings(c, config.seed, tokens_per_step=tokens, flops_per_step=n_flops),
+        flops_per_step=n_flops,
     )
 
 

@@ -105,6 +105,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         settings=training.settings,
         evaluations=evaluations,
         start_from=start_from,
+        config=common.recorded(config, "dit"),
     )
     common.mark_trained(folder, c.steps)
 

@@ -65,6 +65,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         folder=folder,
         settings=common.settings(c, config.seed, tokens_per_step=_tokens(c)),
         evaluations=[loop.Evaluation(c.eval_every, lambda state: held_out(task, state, folder))],
+        config=common.recorded(config, "vqvae"),
     )
     common.mark_trained(folder, c.steps)
 

@@ -1,81 +1,322 @@
 """Checkpoints of the train state and of the data iterator, by Orbax."""
 
+import contextlib
 import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from opensora_jax import files
+from opensora_jax.train import checksums, record
 from opensora_jax.train.state import TrainState
 
 PyTree = Any
 
+logger = logging.getLogger(__name__)
+
 # Beside the checkpoints: the arguments of the model that was trained.
 MODEL_FILE = "model.json"
 FOLDER = "checkpoints"
+BEST = "best"
+
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_ABOUT = "about"
+_COUNTERS = "counters"
+
+# Orbax also logs the traceback of what it raises, which ends here in one clear error.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
 
 
 class Checkpoints:
-    """The checkpoints of one training, under `folder`/checkpoints, written in the background.
+    """The checkpoints of one training, under `folder`/`name`, written in the background.
 
     Each is complete or absent: Orbax writes under a temporary name and renames. Every field of the
-    state is an item of its own, so that inference reads the averaged weights alone.
+    state is an item of its own, so that inference reads the averaged weights alone. With them go
+    notes, the configuration, versions, and checksums of all files.
+
+    What is half-written or damaged in the folder is told and put aside, so that the last whole one
+    is what `latest_step` says.
+
+    Args:
+      keep: how many of the last ones stay.
+      keep_every: those of its multiples stay for good; 0: none.
+      config: what is kept with each, for JSON; on resuming, changes are logged.
+      may_start_over: where all are damaged, to go on without one instead of raising.
+
+    Raises:
+      FileNotFoundError: there are checkpoints, all of them damaged.
+      OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: epath.PathLike, *, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        folder = epath.Path(folder).resolve() / FOLDER
-        self._manager = ocp.CheckpointManager(folder, options=options)
-
-    @property
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: TrainState, data_state: PyTree) -> None:
-        """Starts writing `state` at `step` and the (JSON) state of the data iterator."""
-        self._save(step, _items(state), data=ocp.args.JsonSave(data_state))
-
-    def save_items(self, step: int, items: dict[str, PyTree]) -> None:
-        """Starts writing some fields of a state, for `restore_items`."""
-        self._save(step, items)
-
-    def _save(self, step, items, **others):
-        trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        self._manager.save(step, args=ocp.args.Composite(**trees, **others))
-
-    def restore(self, like: TrainState) -> tuple[TrainState, PyTree]:
-        """The latest state, placed as the arrays or shapes of `like`, and the iterator's state."""
-        restored = self.restore_items(_items(like))
-        data = self._manager.restore(
-            self.latest_step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        name: str = FOLDER,
+        keep: int = 2,
+        keep_every: int = 0,
+        config: Mapping[str, Any] | None = None,
+        may_start_over: bool = False,
+    ):
+        self._folder = epath.Path(folder).resolve() / name
+        self._keep, self._keep_every = keep, keep_every
+        self._run = {"config": record.as_json(config or {}), "versions": record.versions()}
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _remove_half_written(self._folder)
+        self.latest_step = _last_whole(self._folder, put_aside=True, may_start_over=may_start_over)
+        self._kept = sorted(ocp.utils.checkpoint_steps(self._folder))
+        self._writing: int | None = None
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.AsyncOptions(
+                # In the background, a folder that cannot be made leaves others waiting for it.
+                create_directories_asynchronously=False,
+                post_finalization_callback=self._add_checksums,
+            ),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                barrier_sync_key_prefix=name
+            ),
         )
-        restored["step"] = restored["step"]["step"]
-        return like.replace(**restored), data["data"]
 
-    def restore_items(self, like: dict[str, PyTree]) -> dict[str, PyTree]:
-        """Some fields of the latest state, placed as the arrays or shapes of `like`.
+    def save(self, step: int, state: TrainState, notes: PyTree) -> None:
+        """Starts writing `state` at `step` and notes (JSON): the state of the data iterator, say.
 
         Raises:
-          FileNotFoundError: if there is no checkpoint.
+          OSError: this one, or the one before it in the background, could not be written.
         """
-        if self.latest_step is None:
-            raise FileNotFoundError(f"{self._manager.directory}: no checkpoint")
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        restored = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items))
-        return {name: restored[name] for name in items}
+        self.save_items(step, _items(state), notes)
+
+    def save_items(self, step: int, items: dict[str, PyTree], notes: PyTree = None) -> None:
+        """Starts writing some fields of a state, for `restore_items`."""
+        self.wait()
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        about = {"run": self._run, "arrays": record.arrays(items), "notes": notes}
+        self._writing = step
+        with self._explaining():
+            self._expect_room(items)
+            self._checkpointer.save(
+                self._folder / str(step),
+                args=ocp.args.Composite(**trees, **{_ABOUT: ocp.args.JsonSave(about)}),
+            )
+        self.latest_step = step
+
+    def restore(self, like: TrainState) -> tuple[TrainState, PyTree]:
+        """The latest state, placed as the arrays or shapes of `like`, and its notes.
+
+        Raises:
+          ValueError: it is of other arrays than `like`: another optimizer's, say.
+        """
+        items, about = _restore(self._folder, self.latest_step, _items(like), self._run)
+        changed = record.changes(self._run, about["run"])
+        if changed:
+            logger.info("%s: since then changed: %s", self._folder, "; ".join(changed))
+        counters = items.pop(_COUNTERS)
+        return like.replace(**items, **counters), about["notes"]
+
+    def notes(self) -> PyTree:
+        """Those of the latest checkpoint."""
+        return _restore(self._folder, self.latest_step, {}, self._run)[1]["notes"]
+
+    def check(self) -> None:
+        """Tells what went wrong in the background, without waiting for it.
+
+        Raises:
+          OSError: the last checkpoint could not be written.
+        """
+        with self._explaining():
+            self._checkpointer.check_for_errors()
+            if self._writing is not None:
+                path = self._folder / str(self._writing)
+                if path.exists() and ocp.utils.is_checkpoint_finalized(path):
+                    self._remove_old()
+
+    def wait(self) -> None:
+        """Waits for what is being written.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        with self._explaining():
+            self._checkpointer.wait_until_finished()
+            if self._writing is not None:
+                self._remove_old()
+
+    def close(self) -> None:
+        """Waits for what is being written, and ends."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def _remove_old(self) -> None:
+        self._kept.append(self._writing)
+        self._writing = None
+        last = set(self._kept[-self._keep :])
+        removed = [
+            step
+            for step in self._kept
+            if step not in last and not (self._keep_every and step % self._keep_every == 0)
+        ]
+        for step in removed:
+            self._kept.remove(step)
+            if jax.process_index() == 0:
+                (self._folder / str(step)).rmtree(missing_ok=True)
+
+    def _add_checksums(self) -> None:
+        """Called by process 0 when all is written and, but on object stores, not yet renamed."""
+        temporary = self._folder / f"{self._writing}{_TEMPORARY}"
+        checksums.write(temporary if temporary.exists() else self._folder / str(self._writing))
+
+    def _expect_room(self, items: dict[str, PyTree]) -> None:
+        """Asks before Orbax starts: in the middle it would fail with many words."""
+        if files.is_remote(self._folder):
+            return
+        needed = sum(x.nbytes for x in jax.tree.leaves(items))
+        free = shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise OSError(f"it needs up to {needed / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB")
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Makes one clear error of what Orbax and TensorStore raise."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            step, self._writing = self._writing, None
+            kept = f"The last whole one is of step {self._kept[-1]}. " if self._kept else ""
+            # TensorStore names every file on the way; the cause comes last.
+            reason = str(error).rpartition('": ')[2]
+            raise OSError(
+                f"{self._folder}: the checkpoint of step {step} could not be written: {reason}. "
+                f"{kept}Make room, or give write permission, and run again"
+            ) from error
+
+
+class Best:
+    """The averaged weights of the lowest validation loss so far, under `folder`/best."""
+
+    def __init__(self, folder: epath.PathLike):
+        self._checkpoints = Checkpoints(folder, name=BEST, keep=1, may_start_over=True)
+        self._loss = float("inf")
+        if self._checkpoints.latest_step is not None:
+            self._loss = self._checkpoints.notes()["validation_loss"]
+
+    def offer(self, step: int, loss: float, state: TrainState) -> None:
+        """Starts writing the averaged weights of `state` if they are better."""
+        if loss < self._loss:
+            self._loss = loss
+            # Numbered, because a run that goes on from an earlier step comes by the same steps.
+            number = (self._checkpoints.latest_step or 0) + 1
+            notes = {"step": step, "validation_loss": loss}
+            self._checkpoints.save_items(number, {"ema": state.ema}, notes)
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        self._checkpoints.close()
+
+
+def restore_items(
+    folder: epath.PathLike, like: dict[str, PyTree], *, name: str = FOLDER
+) -> dict[str, PyTree]:
+    """Some fields of the last whole checkpoint in `folder`, placed as `like`, arrays or shapes.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is of other arrays.
+    """
+    folder = epath.Path(folder).resolve() / name
+    step = _last_whole(folder, parts=(*like, _ABOUT))
+    if step is None:
+        raise FileNotFoundError(f"{folder}: no checkpoint")
+    return _restore(folder, step, like, None)[0]
+
+
+def agreed(value: int) -> int:
+    """Process 0's value, in every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _last_whole(
+    folder: epath.Path,
+    *,
+    parts: tuple[str, ...] | None = None,
+    put_aside: bool = False,
+    may_start_over: bool = False,
+) -> int | None:
+    """The last step whose files are as they were written, as process 0 finds them; None: no step.
+
+    Args:
+      parts: the items that are to be whole; all by default.
+      put_aside: whether damaged ones after it are renamed, out of the way of new ones.
+    """
+    whole, damaged = -1, {}
+    steps = sorted(ocp.utils.checkpoint_steps(folder), reverse=True)
+    for step in steps if jax.process_index() == 0 else ():
+        problem = checksums.damage(folder / str(step), parts)
+        if problem is None:
+            whole = step
+            break
+        damaged[step] = problem
+        logger.warning("%s/%d: this checkpoint is damaged: %s", folder, step, problem)
+    all_damaged = agreed(whole < 0 and len(damaged) > 0)
+    if all_damaged and not may_start_over:
+        raise FileNotFoundError(
+            f"{folder}: every checkpoint is damaged ({', '.join(map(str, sorted(steps)))}); put "
+            "back whole ones, or remove the folder to start again"
+        )
+    for step in damaged if put_aside else ():
+        aside = folder / f"damaged-{step}"
+        aside.rmtree(missing_ok=True)
+        (folder / str(step)).rename(aside)
+        logger.warning("%s: renamed to %s; going on without it", step, aside)
+    whole = agreed(whole)
+    return None if whole < 0 else whole
+
+
+def _remove_half_written(folder: epath.Path) -> None:
+    for path in folder.iterdir():
+        if _TEMPORARY in path.name:
+            logger.warning("%s: a half-written checkpoint; removed", path)
+            path.rmtree()
+
+
+def _restore(
+    folder: epath.Path, step: int, like: dict[str, PyTree], run: dict[str, Any] | None
+) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    """(items, what was saved about them); `run` is what reads, to tell how it differs."""
+    path = folder / str(step)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        there = reader.restore(path, args=ocp.args.Composite(**{_ABOUT: ocp.args.JsonRestore()}))
+        there = there[_ABOUT]
+        wanted = record.arrays(like)
+        found = {k: v for k, v in there["arrays"].items() if k.partition("/")[0] in like}
+        different = record.changes(wanted, found)
+        if different:
+            also = record.changes(run, there["run"]) if run else []
+            raise ValueError(
+                f"{path}: holds the state of another training; {len(different)} arrays differ: "
+                f"{'; '.join([*different[:2], *also])}. Use another workdir, or the old settings"
+            )
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+        restored = reader.restore(path, args=ocp.args.Composite(**items)) if items else {}
+    return {name: restored[name] for name in items}, there
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
     """The fields of a state that hold anything, by name."""
     fields = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
-    fields["step"] = {"step": state.step}  # Orbax takes trees, not single arrays
+    # Orbax takes trees, not single arrays, and writes some ten files for each.
+    fields[_COUNTERS] = {"step": fields.pop("step"), "skipped": fields.pop("skipped")}
     return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
 
 
@@ -86,23 +327,16 @@ def claim(folder: epath.PathLike, description: dict[str, PyTree]) -> None:
       ValueError: naming every key in which the folder's model differs, with both values.
     """
     path = epath.Path(folder) / MODEL_FILE
-    description = json.loads(json.dumps(description))
-    if not path.exists():
-        if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(path, description)
-        return
-    known = read_description(folder)
-    keys = sorted(known.keys() | description.keys())
-    different = [k for k in keys if known.get(k) != description.get(k)]
-    if different:
-        differences = "; ".join(
-            f"{k}={description.get(k)!r}, there {known.get(k)!r}" for k in different
-        )
-        raise ValueError(
-            f"{path.parent}: holds the training of another model: {differences}. Use another "
-            "workdir, or remove that folder"
-        )
+    if path.exists():
+        different = record.changes(record.as_json(description), read_description(folder))
+        if different:
+            raise ValueError(
+                f"{path.parent}: holds the training of another model: {'; '.join(different)}. Use "
+                "another workdir, or remove that folder"
+            )
+    elif jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, record.as_json(description))
 
 
 def read_description(folder: epath.PathLike) -> dict[str, PyTree]:

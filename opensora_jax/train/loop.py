@@ -1,7 +1,8 @@
 """The one training loop, for every task.
 
-Its order: restore, then for each step draw a batch, update, log, save, evaluate. A checkpoint is
-taken after a step with the data iterator's state right then, so a resumed run sees the next batch.
+Its order: restore, then for each step update, draw the next batch while the device is at it, log,
+save, evaluate. A checkpoint holds the state after a step and the data iterator's state before the
+next batch, so a resumed run is the uninterrupted one, bit by bit on the same devices.
 """
 
 import contextlib
@@ -21,12 +22,18 @@ from tqdm import tqdm
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
-from opensora_jax.train import checkpoint, summary, writer
+from opensora_jax.train import checkpoint, summary, watch, writer
 from opensora_jax.train import state as state_lib
+from opensora_jax.train.preemption import Preempted, Preemption
 from opensora_jax.train.state import Task, TrainState
-from opensora_jax.train.step import Metrics, Settings, jit_train_step
+from opensora_jax.train.step import Settings, jit_train_step
 
 logger = logging.getLogger(__name__)
+
+# The scalar by which evaluations say how good the averaged weights are: the lowest is kept.
+VALIDATION_LOSS = "validation_loss"
+# Logged when the evaluations of a step are done.
+EVALUATED = "evaluation_seconds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,121 +55,126 @@ def fit(
     settings: Settings,
     evaluations: Sequence[Evaluation] = (),
     start_from: Callable[[], Mapping[str, Any]] = dict,
+    config: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """Trains to `settings.steps`, going on from the last checkpoint in `folder` if there is one.
+    """Trains to `settings.steps`, going on from the last whole checkpoint in `folder`, if any.
 
     Args:
       batches: a Grain iterator (`get_state`, `set_state`) of this process's share of each batch.
       start_from: called where there is no checkpoint; gives `state.create` the parameters that a
         new training starts from, the others being random.
+      config: kept with the checkpoints, for JSON.
 
     Returns:
       The final state, which is also the last checkpoint.
 
     Raises:
-      FloatingPointError: at a log or checkpoint step whose loss or gradient norm is not finite.
+      FloatingPointError: too many steps in a row were not finite.
+      OSError: a checkpoint could not be written, or all there are are damaged.
+      Preempted: SIGTERM came; the state is saved.
     """
     folder = epath.Path(folder)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(folder)))
-        is_new = checkpoints.latest_step is None
-        key = rngs.key(settings.seed, "init")
-        state, shardings = state_lib.create(task, tx, mesh, key, start_from() if is_new else None)
-        if not is_new:
-            state, data_state = checkpoints.restore(state)
-            batches.set_state(data_state)
-            logger.info("%s: going on from step %d", folder.name, int(state.step))
-        logger.info("%s: %s", folder.name, summary.table(state))
-        update = jit_train_step(task, tx, schedule, settings, shardings)
-        first = int(state.step)
-        log = stack.enter_context(contextlib.closing(writer.MetricsWriter(folder, first)))
-        progress = tqdm(
-            total=settings.steps,
-            initial=first,
-            desc=folder.name,
-            unit="step",
-            disable=jax.process_index() > 0,
+
+        def closing(thing):
+            return stack.enter_context(contextlib.closing(thing))
+
+        preemption = stack.enter_context(Preemption(folder.name))
+        window, health = watch.Window(settings), watch.Health(settings)
+        checkpoints = closing(
+            checkpoint.Checkpoints(
+                folder,
+                keep=settings.keep_checkpoints,
+                keep_every=settings.keep_every,
+                config=config,
+            )
         )
-        stack.enter_context(progress)
-        window = _Window(settings)
+        best = closing(checkpoint.Best(folder))
+        with preemption.interruptible():
+            if checkpoints.latest_step is None:
+                key = rngs.key(settings.seed, "init")
+                state, _ = state_lib.create(task, tx, mesh, key, start_from())
+            else:
+                state, notes = checkpoints.restore(state_lib.abstract(task, tx, mesh))
+                batches.set_state(notes["data"])
+                window.resume(notes["window"])
+                logger.info("%s: going on from step %d", folder.name, checkpoints.latest_step)
+        first = int(state.step)
+        log = closing(writer.MetricsWriter(folder, first))
+        progress = closing(
+            tqdm(
+                total=settings.steps,
+                initial=first,
+                desc=folder.name,
+                unit="step",
+                disable=jax.process_index() > 0,
+            )
+        )
+        logger.info("%s: %s", folder.name, summary.table(state))
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        update = jit_train_step(task, tx, schedule, settings, shardings)
+        evaluate = functools.partial(_evaluate, evaluations, settings, preemption, best, log)
 
-        def evaluate(step: int, is_last: bool) -> None:
-            for evaluation in evaluations:
-                if step % evaluation.every == 0 or is_last:
-                    values = window.paused(functools.partial(evaluation.run, state))
-                    if values:
-                        log.write(step, values)
+        def draw() -> dict[str, jax.Array]:
+            return mesh_lib.shard_batch(next(batches), mesh)
 
-        if first >= settings.steps:  # stopped between the last checkpoint and its evaluations
-            evaluate(first, is_last=True)
+        def save(step: int, data_state: Any) -> None:
+            notes = {"data": data_state, "window": window.pending()}
+            checkpoints.save(step, state, notes)
+
+        if first and not checkpoint.agreed(log.has(first, EVALUATED)):
+            evaluate(first, state)  # stopped between checkpoint and evaluations
+        if first < settings.steps:
+            batch = window.timed(draw)
 
         for step in range(first + 1, settings.steps + 1):
-            batch = window.timed(lambda: mesh_lib.shard_batch(next(batches), mesh))
+            is_last = step == settings.steps
             with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
                 state, metrics = update(state, batch)
-            window.add(metrics)
-            is_last = step == settings.steps
+                window.add(metrics)
+                data_state = batches.get_state()
+                if not is_last:
+                    batch = window.timed(draw)  # while the device is at this step
 
             if step % settings.log_every == 0 or is_last:
-                values = window.close()
+                values, steps = window.close()
                 log.write(step, values)
                 progress.set_postfix(loss=f"{values['loss']:.4f}")
                 progress.update(step - progress.n)
-                _check_finite(step, values, checkpoints.latest_step)
+                health.look(step, steps, checkpoints.latest_step)
+                checkpoints.check()
 
             # First the checkpoint: an evaluation that fails must not lose what was trained.
-            if step % settings.checkpoint_every == 0 or is_last:
-                # A state that is not finite must not replace one that is.
-                _check_finite(step, jax.device_get(metrics), checkpoints.latest_step)
-                checkpoints.save(step, state, batches.get_state())
-
-            evaluate(step, is_last)
+            try:
+                preemption.check(step)
+                if step % settings.checkpoint_every == 0 or is_last:
+                    save(step, data_state)
+                window.pause(evaluate(step, state))
+            except Preempted:
+                if checkpoints.latest_step != step:
+                    save(step, data_state)
+                raise
     return state
 
 
-class _Window:
-    """What happened since the last log step; only `close` waits for the device."""
-
-    def __init__(self, settings: Settings):
-        self._settings = settings
-        self._restart()
-
-    def _restart(self):
-        self._pending, self._waited, self._since = [], 0.0, time.perf_counter()
-
-    def timed(self, draw: Callable[[], Any]) -> Any:
-        """The result of `draw`; its time counts as waiting for data."""
-        start = time.perf_counter()
-        batch = draw()
-        self._waited += time.perf_counter() - start
-        return batch
-
-    def paused(self, evaluate: Callable[[], Any]) -> Any:
-        """The result of `evaluate`; its time does not count."""
-        start = time.perf_counter()
-        result = evaluate()
-        self._since += time.perf_counter() - start
-        return result
-
-    def add(self, metrics: Metrics) -> None:
-        self._pending.append(metrics)
-
-    def close(self) -> dict[str, float]:
-        """Means over the window's steps, with speeds; starts a new window."""
-        values = jax.device_get(self._pending)
-        means = {name: float(np.mean([v[name] for v in values])) for name in values[0]}
-        means["learning_rate"] = float(values[-1]["learning_rate"])
-        elapsed = time.perf_counter() - self._since
-        means["tokens_per_second"] = self._settings.tokens_per_step * len(values) / elapsed
-        means["data_wait_share"] = self._waited / elapsed
-        self._restart()
-        return means
-
-
-def _check_finite(step: int, values: dict[str, Any], last_checkpoint: int | None) -> None:
-    for name in ("loss", "grad_norm"):
-        if not np.isfinite(values[name]):
-            raise FloatingPointError(
-                f"{name}={values[name]} at step {step}: expected a finite number. The last "
-                f"checkpoint is of step {last_checkpoint}; try a lower learning rate."
-            )
+def _evaluate(
+    evaluations: Sequence[Evaluation],
+    settings: Settings,
+    preemption: Preemption,
+    best: checkpoint.Best,
+    log: writer.MetricsWriter,
+    step: int,
+    state: TrainState,
+) -> float:
+    """Runs what is due at `step`; returns the seconds that it took."""
+    due = [e for e in evaluations if step % e.every == 0 or step >= settings.steps]
+    if not due:
+        return 0.0
+    start = time.perf_counter()
+    with preemption.interruptible():
+        values = {k: v for evaluation in due for k, v in evaluation.run(state).items()}
+    seconds = time.perf_counter() - start
+    if VALIDATION_LOSS in values:
+        best.offer(step, values[VALIDATION_LOSS], state)
+    log.write(step, {**values, EVALUATED: seconds})
+    return seconds

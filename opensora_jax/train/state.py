@@ -1,5 +1,6 @@
 """The train state: everything that resumes, in one pytree."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -41,6 +42,33 @@ class TrainState:
     ema: PyTree  # exponential moving average of params
     opt_state: PyTree
     extra: PyTree  # batch statistics, codebook averages
+    skipped: dict[str, jax.Array]  # int32: steps that were not finite, in total and in a row
+
+
+def new(task: Task, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """A new state, not yet sharded."""
+    params, extra = task.init(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=tx.init(params),
+        extra=extra,
+        skipped={"total": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)},
+    )
+
+
+def abstract(task: Task, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The shapes of a state, with its shardings.
+
+    EMA and optimizer moments are sharded as their parameter is; the rest is replicated.
+    """
+    shapes = jax.eval_shape(lambda: new(task, tx, jax.random.key(0)))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        state_shardings(task, tx, mesh, shapes),
+    )
 
 
 def create(
@@ -52,25 +80,12 @@ def create(
 ) -> tuple[TrainState, TrainState]:
     """A new state, made where it is to live, and its shardings.
 
-    EMA and optimizer moments are sharded as their parameter is; the rest is replicated.
-
     Args:
       start_from: a part of the tree of parameters, of numpy arrays that take the place of random
         ones; the average starts there too.
     """
-
-    def init(key):
-        params, extra = task.init(key)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            ema=jax.tree.map(jnp.copy, params),
-            opt_state=tx.init(params),
-            extra=extra,
-        )
-
-    shardings = state_shardings(task, tx, mesh, jax.eval_shape(init, key))
-    state = jax.jit(init, out_shardings=shardings)(key)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract(task, tx, mesh))
+    state = jax.jit(functools.partial(new, task, tx), out_shardings=shardings)(key)
     if start_from:
         params, ema = (_with_values(tree, start_from) for tree in (state.params, state.ema))
         state = state.replace(params=params, ema=ema)
@@ -114,4 +129,5 @@ def state_shardings(
         ema=params,
         opt_state=jax.tree.map_with_path(like_its_parameter, shapes.opt_state),
         extra=jax.tree.map(lambda _: whole, shapes.extra),
+        skipped=jax.tree.map(lambda _: whole, shapes.skipped),
     )

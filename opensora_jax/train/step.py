@@ -15,15 +15,30 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How long to train and how often to look; units are optimizer steps."""
+    """How long to train and how often to look; units are optimizer steps.
+
+    Attributes:
+      accumulate: microbatches of a step.
+      tokens_per_step: over all devices, for the speed that is logged.
+      flops_per_step: model FLOPs over all devices, likewise; 0: not known.
+      peak_flops: FLOP/s of a device, for its utilization; 0: not known.
+      keep_checkpoints: how many of the last ones are kept.
+      keep_every: checkpoints of multiples of it are kept for good; 0: none.
+      max_skipped_steps: so many in a row that are not finite end the training.
+    """
 
     steps: int
     seed: int
     ema_decay: float
-    accumulate: int  # microbatches a step
+    accumulate: int
     log_every: int
     checkpoint_every: int
-    tokens_per_step: int  # for tokens/s
+    tokens_per_step: int
+    flops_per_step: float = 0.0
+    peak_flops: float = 0.0
+    keep_checkpoints: int = 2
+    keep_every: int = 0
+    max_skipped_steps: int = 10
 
 
 def train_step(
@@ -34,7 +49,11 @@ def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
 ) -> tuple[TrainState, Metrics]:
-    """One update with the mean gradient over the microbatches of `batch`."""
+    """One update with the mean gradient over the microbatches of `batch`.
+
+    Where loss or gradients are not finite, all but the counters stays as it was: the step is
+    skipped, also for the schedule, and the next one sees the next batch.
+    """
     key = rngs.key(settings.seed, "train", state.step)
 
     def gradient(extra, batch, index):
@@ -68,11 +87,21 @@ def train_step(
     # A young average follows closely, or early weights would linger in it.
     decay = jnp.minimum(settings.ema_decay, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-    metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
-    new_state = TrainState(
-        step=state.step + 1, params=params, ema=ema, opt_state=opt_state, extra=extra
-    )
-    return new_state, metrics
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    updated = state.replace(params=params, ema=ema, opt_state=opt_state, extra=extra)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    skipped = {
+        "total": state.skipped["total"] + ~finite,
+        "in_a_row": jnp.where(finite, 0, state.skipped["in_a_row"] + 1),
+    }
+    metrics |= {
+        "grad_norm": grad_norm,
+        "learning_rate": schedule(state.step - state.skipped["total"]),
+        "skipped_steps": skipped["total"],
+        "skipped_in_a_row": skipped["in_a_row"],
+    }
+    return kept.replace(step=state.step + 1, skipped=skipped), metrics
 
 
 def jit_train_step(

@@ -18,7 +18,7 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: epath.PathLike, step: int):
-        self._is_writer = jax.process_index() == 0
+        self._is_writer, self._known = jax.process_index() == 0, set()
         if not self._is_writer:
             return
         folder = epath.Path(folder)
@@ -26,13 +26,17 @@ class MetricsWriter:
         self._path = folder / "metrics.jsonl"
         lines = [m for m in read_metrics(self._path) if m["step"] <= step]
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._known = {(line["step"], name) for line in lines for name in line}
         self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a run before this one wrote metric `name` at `step`; process 0 knows."""
+        return (step, name) in self._known
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._is_writer:
             return
-        with self._path.open("a") as f:
-            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        files.append_text(self._path, json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
 

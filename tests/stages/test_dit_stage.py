@@ -128,7 +128,8 @@ def restore(workdir, like):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
     with contextlib.closing(checkpoint.Checkpoints(workdir / "dit")) as checkpoints:
-        return checkpoints.latest_step, checkpoints.restore_items({"params": like, "ema": like})
+        step = checkpoints.latest_step
+    return step, checkpoint.restore_items(workdir / "dit", {"params": like, "ema": like})
 
 
 @pytest.mark.slow

@@ -3,117 +3,27 @@
 import functools
 import json
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from linear import (
+    D,
+    Linear,
+    assert_identical,
+    batches,
+    fit,
+    make_settings,
+    metrics,
+    numbers,
+    one_device,
+    optimizer,
+)
 
-from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
-from opensora_jax.train import checkpoint, loop, optim, step, writer
+from opensora_jax.train import checkpoint, loop, optim, step, watch
 from opensora_jax.train import state as state_lib
-
-N, D = 64, 4
-SPEEDS = ("tokens_per_second", "data_wait_share")
-
-
-class Linear:
-    """Least squares with a count of its calls as extra state; `noise` disturbs the inputs."""
-
-    def __init__(self, noise=0.0):
-        self._noise = noise
-
-    def init(self, key):
-        return {"kernel": 0.1 * jax.random.normal(key, (D, 2))}, {"calls": jnp.zeros(())}
-
-    def param_shardings(self, mesh):
-        return {"kernel": mesh_lib.replicated(mesh)}
-
-    def loss(self, params, extra, batch, key, step):
-        x = batch["x"] + self._noise * jax.random.normal(key, batch["x"].shape)
-        error = x @ params["kernel"] - batch["y"]
-        metrics = {"bias": jnp.mean(error), "before": step.astype(jnp.float32)}
-        return jnp.mean(error**2), ({"calls": extra["calls"] + 1}, metrics)
-
-
-class Rows:
-    def __init__(self, bad=None):
-        rng = np.random.default_rng(0)
-        self._x = rng.normal(size=(N, D)).astype(np.float32)
-        self._y = (self._x @ rng.normal(size=(D, 2))).astype(np.float32)
-        if bad is not None:
-            self._x[bad] = np.nan
-
-    def __repr__(self):
-        return "Rows"
-
-    def __len__(self):
-        return N
-
-    def __getitem__(self, i):
-        return {"x": self._x[i], "y": self._y[i]}
-
-
-def batches(bad=None, shuffled=True):
-    rows = grain.MapDataset.source(Rows(bad))
-    rows = rows.shuffle(seed=0) if shuffled else rows
-    return iter(rows.repeat().batch(16, drop_remainder=True).to_iter_dataset())
-
-
-def optimizer(settings):
-    schedule = optim.schedule(0.3, 2, settings.steps)
-    tx = optim.make("adamw", schedule, b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0)
-    return tx, schedule
-
-
-def make_settings(**given):
-    return loop.Settings(
-        **{
-            "steps": 10,
-            "seed": 0,
-            "ema_decay": 0.99,
-            "accumulate": 1,
-            "log_every": 1,
-            "checkpoint_every": 4,
-            "tokens_per_step": 16,
-        }
-        | given
-    )
-
-
-def one_device():
-    return jax.make_mesh(
-        (1, 1, 1, 1), mesh_lib.AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:1]
-    )
-
-
-def fit(folder, data=None, evaluations=(), start_from=dict, **given):
-    settings = make_settings(**given)
-    return loop.fit(
-        Linear(noise=0.1),
-        *optimizer(settings),
-        data or batches(),
-        mesh=one_device(),
-        folder=folder,
-        settings=settings,
-        evaluations=evaluations,
-        start_from=start_from,
-    )
-
-
-def metrics(folder):
-    return writer.read_metrics(folder / "metrics.jsonl")
-
-
-def without_speeds(lines):
-    return [{k: v for k, v in line.items() if k not in SPEEDS} for line in lines]
-
-
-def assert_identical(a, b):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
 def test_it_learns_and_writes_what_it_measures(tmp_path):
@@ -123,7 +33,10 @@ def test_it_learns_and_writes_what_it_measures(tmp_path):
         seen.append(int(state.step))
         return {"held_out": float(state.extra["calls"])}
 
-    state = fit(tmp_path, evaluations=[loop.Evaluation(4, evaluate)], log_every=3)
+    speeds = {"flops_per_step": 8e9, "peak_flops": 1e12}
+    data = batches()
+    evaluations = [loop.Evaluation(4, evaluate)]
+    state = fit(tmp_path, data=data, evaluations=evaluations, log_every=3, **speeds)
     assert int(state.step) == 10
     assert float(state.extra["calls"]) == 10
     assert seen == [4, 8, 10]
@@ -137,9 +50,15 @@ def test_it_learns_and_writes_what_it_measures(tmp_path):
     assert [line["before"] for line in training] == [1, 4, 7, 9]
     assert [line["held_out"] for line in lines if "held_out" in line] == [4, 8, 10]
     for line in training:
-        assert set(line) >= {"loss", "grad_norm", "learning_rate", "bias", *SPEEDS}
+        assert set(line) >= {"loss", "grad_norm", "learning_rate", "bias"}
+        assert line["grad_norm_max"] >= line["grad_norm"]
+        assert line["skipped_steps"] == 0
         assert 0 <= line["data_wait_share"] <= 1
-        assert line["tokens_per_second"] > 0
+        seconds = 16 / line["tokens_per_second"]  # of a step
+        # 8e9 FLOPs over eight devices.
+        assert line["tflops_per_device"] == pytest.approx(1e-3 / seconds)
+        assert line["mfu"] == pytest.approx(1e-3 / seconds)
+    assert data.get_state()["next_index"] == 10  # no more batches are drawn than trained on
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -181,27 +100,46 @@ def killed_at(step):
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    expected = fit(whole)
-    # Killed after step 7; the last checkpoint is of step 4.
+    often = {"log_every": 3}
+    expected = fit(whole, **often)
+    # Killed after step 7; the last checkpoint is of step 4, between two log steps.
     with pytest.raises(Killed):
-        fit(cut, evaluations=killed_at(7))
-    assert [line["step"] for line in metrics(cut)] == [1, 2, 3, 4, 5, 6, 7]
+        fit(cut, evaluations=killed_at(7), **often)
+    assert [line["step"] for line in numbers(cut)] == [3, 6]
     with (cut / "metrics.jsonl").open("a") as f:
         f.write('{"step": 8, "lo')  # and in the middle of a line
     # Killed again, at the end, while it evaluates.
     steps = []
-    watch = loop.Evaluation(1, lambda state: steps.append(int(state.step)) or {})
+    seen = loop.Evaluation(1, lambda state: steps.append(int(state.step)) or {})
     with pytest.raises(Killed):
-        fit(cut, evaluations=[watch, *killed_at(10)])
+        fit(cut, evaluations=[seen, *killed_at(10)], **often)
     assert steps == [5, 6, 7, 8, 9, 10]
-    state = fit(cut, evaluations=[loop.Evaluation(4, lambda state: {"held_out": 1.0})])
+    evaluation = [loop.Evaluation(4, lambda state: {"held_out": 1.0})]
+    state = fit(cut, evaluations=evaluation, **often)
     assert_identical(state, expected)
     for line in (cut / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
-    resumed = [line for line in metrics(cut) if "loss" in line]
-    assert without_speeds(resumed) == without_speeds(metrics(whole))
-    # The evaluation that was cut off at the end is made up for.
+    assert [line for line in numbers(cut) if "loss" in line] == numbers(whole)
+    # The evaluation that was cut off at the end is made up for, once.
+    fit(cut, evaluations=evaluation, **often)
     assert [line["step"] for line in metrics(cut) if "held_out" in line] == [10]
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path):
+    def evaluations():
+        return [loop.Evaluation(4, lambda state: {"validation_loss": 1.0 / int(state.step)})]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    fit(whole, evaluations=evaluations())
+    with pytest.raises(Killed):  # in the evaluation that belongs to the checkpoint of step 4
+        fit(cut, evaluations=[*evaluations(), *killed_at(4)])
+    fit(cut, evaluations=evaluations())
+    assert numbers(cut) == numbers(whole)
+    assert [line["step"] for line in numbers(cut) if "validation_loss" in line] == [4, 8, 10]
+    for folder in (whole, cut):
+        (best,) = (folder / checkpoint.BEST).iterdir()
+        about = json.loads((best / "about" / "metadata").read_text())
+        assert about["notes"] == {"step": 10, "validation_loss": 0.1}
 
 
 def test_only_a_new_training_starts_from_given_parameters(tmp_path):
@@ -222,17 +160,65 @@ def test_only_a_new_training_starts_from_given_parameters(tmp_path):
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("log_every", [1, 5])
-def test_what_is_not_finite_stops_before_it_is_saved(tmp_path, log_every):
-    # In order, rows 0 to 15 are step 1; row 21, of step 2, is bad.
-    data = batches(bad=21, shuffled=False)
-    with pytest.raises(FloatingPointError, match=r"loss=nan at step 2: .*of step 1;"):
-        fit(tmp_path, data=data, log_every=log_every, checkpoint_every=1)
-    # Where it is logged, its numbers can be looked at, but it is never a checkpoint.
-    assert [line["step"] for line in metrics(tmp_path)] == ([1, 2] if log_every == 1 else [])
-    checkpoints = checkpoint.Checkpoints(tmp_path)
-    assert checkpoints.latest_step == 1
-    checkpoints.close()
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, caplog):
+    states = []
+    watched = [loop.Evaluation(1, lambda state: states.append(jax.device_get(state)) or {})]
+    # In order, rows 0 to 15 are step 1; row 21 is of steps 2, 6 and 10.
+    given = {"data": batches(bad=[21], shuffled=False), "log_every": 2}
+    fit(tmp_path, evaluations=watched, **given)
+    for before, after in ((states[0], states[1]), (states[4], states[5])):
+        for name in ("params", "ema", "opt_state", "extra"):
+            assert_identical(getattr(before, name), getattr(after, name))
+        assert int(after.step) == int(before.step) + 1
+    assert not np.array_equal(states[1].params["kernel"], states[2].params["kernel"])
+    assert float(states[-1].extra["calls"]) == 7
+    assert {k: int(v) for k, v in states[-1].skipped.items()} == {"total": 3, "in_a_row": 1}
+    lines = [line for line in metrics(tmp_path) if "loss" in line]
+    assert [line["skipped_steps"] for line in lines] == [1, 1, 2, 2, 3]
+    # A mean is over the steps that were finite; the schedule stands still with the others.
+    assert [line["before"] for line in lines] == [0, 2.5, 4, 6.5, 8]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    schedule = optimizer(make_settings())[1]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(
+        [float(schedule(i)) for i in (1, 2, 4, 5, 7)]
+    )
+    told = [r.getMessage() for r in caplog.records if "not finite" in r.getMessage()]
+    assert len(told) == 3
+    assert "step 6 was not finite (loss=nan, gradient norm=nan)" in told[1]
+    assert "1 of the last 2 steps, 2 in all" in told[1]
+
+
+def test_too_many_steps_that_are_not_finite_end_the_training(tmp_path):
+    bad = [21, 37, 53]  # steps 2, 3 and 4, and again from 6 on
+
+    def run(most):
+        data = batches(bad=bad, shuffled=False)
+        return fit(tmp_path, data=data, log_every=5, steps=5, max_skipped_steps=most)
+
+    with pytest.raises(FloatingPointError, match=r"^step 4: 3 steps in a row .*loss=nan") as caught:
+        run(3)
+    for part in ("last good checkpoint is of step 4", "lower learning_rate", "float32"):
+        assert part in str(caught.value)
+    state = run(4)
+    assert {k: int(v) for k, v in state.skipped.items()} == {"total": 3, "in_a_row": 0}
+    assert np.isfinite(state.params["kernel"]).all()
+
+
+def test_a_spike_of_the_gradient_is_told_once(caplog):
+    health = watch.Health(make_settings())
+
+    def look(last, *norms):
+        steps = [{"grad_norm": np.float32(n), "skipped_in_a_row": np.float32(0)} for n in norms]
+        health.look(last, steps, None)
+        told = [r.getMessage() for r in caplog.records]
+        caplog.clear()
+        return told
+
+    assert look(10, 100.0, *[1.0] * 9) == []  # too few to compare with
+    assert look(20, *[1.0] * 10) == []
+    (told,) = look(24, 1.0, 12.0, 30.0, 9.0)
+    assert told == "step 23: a spike: gradient norm 30; the last 20 steps' median is 1"
+    assert look(25, 9.9) == []
 
 
 def test_kernels_decay_and_biases_do_not():

@@ -230,6 +230,7 @@ def test_a_device_holds_its_part_of_the_state(make_task, optimizer):
         ema=params,
         opt_state=jax.eval_shape(tx.init, params),
         extra=extra,
+        skipped={},
     )
     shardings = state_lib.state_shardings(task, tx, mesh, shapes)
 

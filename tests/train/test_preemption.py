@@ -1,0 +1,77 @@
+"""SIGTERM saves and ends with status 0, wherever the training is just then."""
+
+import os
+import signal
+import time
+
+import pytest
+from linear import assert_identical, batches, fit, numbers
+
+from opensora_jax.train import checkpoint, loop
+from opensora_jax.train.preemption import Preempted
+
+
+class Terminating:
+    """Batches; while the one of number `at` is drawn, SIGTERM comes."""
+
+    def __init__(self, at):
+        self._batches, self._at, self._n = batches(), at, 0
+
+    def __next__(self):
+        self._n += 1
+        if self._n == self._at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next(self._batches)
+
+    def __getattr__(self, name):
+        return getattr(self._batches, name)
+
+
+def checkpoints(folder):
+    return {p.name for p in (folder / checkpoint.FOLDER).iterdir()}
+
+
+def test_between_steps_the_state_is_saved_and_the_next_run_is_the_uninterrupted_one(
+    tmp_path, caplog
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    given = {"log_every": 5, "checkpoint_every": 100}
+    expected = fit(whole, **given)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as caught:
+        fit(cut, data=Terminating(at=4), **given)  # drawn while step 3 runs
+    assert caught.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert checkpoints(cut) == {"3"}
+    assert "cut: stopped by SIGTERM; the same command goes on from here" in caplog.text
+    # Again, in an evaluation, which is broken off and made up for.
+    done = []
+
+    def evaluate(state):
+        if int(state.step) == 7 and not done:
+            done.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return {"held_out": float(state.params["kernel"][0, 0])}
+
+    evaluations = [loop.Evaluation(7, evaluate)]
+    start = time.monotonic()
+    with pytest.raises(Preempted):
+        fit(cut, evaluations=evaluations, **given)
+    assert time.monotonic() - start < 50
+    assert checkpoints(cut) == {"3", "7"}
+    assert [line["step"] for line in numbers(cut)] == [5]
+    state = fit(cut, evaluations=evaluations, **given)
+    assert_identical(state, expected)
+    assert [line for line in numbers(cut) if "loss" in line] == numbers(whole)
+    assert [line["step"] for line in numbers(cut) if "held_out" in line] == [7, 10]
+
+
+def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
+    def start_from():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with pytest.raises(Preempted):
+        fit(tmp_path, start_from=start_from)
+    assert checkpoints(tmp_path) == set()
