@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -36,6 +38,25 @@ def append_text(path: epath.PathLike, text: str) -> None:
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path is an object store's, as gs://bucket/folder is."""
     return "://" in str(epath.Path(path))
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """From the root; an object store's path is so already, and `resolve` would break it."""
+    path = epath.Path(path)
+    return path if is_remote(path) else path.resolve()
+
+
+@contextlib.contextmanager
+def local(path: epath.PathLike) -> Iterator[Path]:
+    """A path of this machine's to write a file to, which ends up at `path`."""
+    path = epath.Path(path)
+    if not is_remote(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / path.name
+        yield written
+        path.write_bytes(written.read_bytes())
 
 
 @contextlib.contextmanager

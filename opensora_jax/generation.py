@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from opensora_jax import encoders, rngs
+from opensora_jax import encoders, files, rngs
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.data import pipeline, video_io
-from opensora_jax.files import write_json
 from opensora_jax.stages import common
 from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.train import checkpoint
@@ -134,6 +133,7 @@ class Generator:
         entries = []
         for i, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
             name = f"{i:02d}.mp4"
-            video_io.write_video(folder / name, video, self.fps)
+            with files.local(folder / name) as path:
+                video_io.write_video(path, video, self.fps)
             entries.append({"file": name, "prompt": prompt})
-        write_json(folder / "prompts.json", entries)
+        files.write_json(folder / "prompts.json", entries)

@@ -17,6 +17,9 @@ from opensora_jax import check, cli, files, runtime
 
 logger = logging.getLogger("opensora_jax.main")  # not __main__, which it runs as
 
+# What these read is not in the workdir, if the configuration says where it is.
+_REMOTE_STAGES = {"dit", "vqvae"}
+
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; by default runs/ and the config's name."
 )
@@ -27,7 +30,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = cli.CONFIG.value
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = Path(_WORKDIR.value or Path("runs") / name).absolute()
+    workdir = files.absolute(_WORKDIR.value or Path("runs") / name)
     runtime.start()
     try:
         check.config(config)
@@ -39,6 +42,11 @@ def main(argv: list[str]) -> None:
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Runs every stage of `config.stages` in order; what is done is skipped by the stage."""
+    if files.is_remote(workdir) and not set(config.stages) <= _REMOTE_STAGES:
+        raise ValueError(
+            f"--workdir={workdir}: only {' and '.join(sorted(_REMOTE_STAGES))} can write to an "
+            f"object store, config.stages={config.stages}"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     # After the configuration is known to be good: these imports take seconds.
     from opensora_jax.stages import dit, fidelity, preprocess, report, shapes, vqvae

@@ -21,11 +21,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # After the arguments are known to be good: these imports take seconds.
     import jax
+    from etils import epath
 
     from opensora_jax.data import video_io
     from opensora_jax.generation import Generator
 
-    folder = Path(args.workdir) / "dit"
+    folder = epath.Path(args.workdir) / "dit"
     generator = Generator.load(folder)
     grid = generator.latent_grid(args.frames, args.height, args.width)
     videos = generator.sample(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -40,7 +41,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         not fit.
     """
     c = config.dit
-    folder = Path(workdir) / "dit"
+    folder = epath.Path(workdir) / "dit"
     data_folder = Path(config.data.dataset or Path(workdir) / "dataset")
     data = dataset.open_dataset(data_folder)
     n_frames = c.n_latent_frames or int(data.latent_shapes[:, 0].min())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from opensora_jax import files
@@ -36,7 +37,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       ValueError: the folder holds the training of another model.
     """
     c = config.vqvae
-    folder = Path(workdir) / "vqvae"
+    folder = epath.Path(workdir) / "vqvae"
     make_model = common.vqvae_maker(c)
     task = VQVAETask(make_model, (int(c.quantize_from * c.steps), int(c.quantize_to * c.steps)))
     checkpoint.claim(folder, task.arguments)
@@ -145,8 +146,7 @@ class HeldOut:
         rows = [np.concatenate(list(v[chosen]), axis=2) for v in (self._videos, recons)]
         samples = folder / "samples"
         samples.mkdir(exist_ok=True)
-        video_io.write_video(
-            samples / f"step{step:06d}.mp4", np.concatenate(rows, axis=1), self._fps
-        )
+        with files.local(samples / f"step{step:06d}.mp4") as path:
+            video_io.write_video(path, np.concatenate(rows, axis=1), self._fps)
         written = {"step": step, **result, "code_counts": counts.tolist()}
         files.write_json(folder / "reconstruction.json", written)

@@ -67,7 +67,7 @@ class Checkpoints:
         config: Mapping[str, Any] | None = None,
         may_start_over: bool = False,
     ):
-        self._folder = epath.Path(folder).resolve() / name
+        self._folder = files.absolute(folder) / name
         self._keep, self._keep_every = keep, keep_every
         self._run = {"config": record.as_json(config or {}), "versions": record.versions()}
         if jax.process_index() == 0:
@@ -234,7 +234,7 @@ def restore_items(
       FileNotFoundError: there is none.
       ValueError: it is of other arrays.
     """
-    folder = epath.Path(folder).resolve() / name
+    folder = files.absolute(folder) / name
     step = _last_whole(folder, parts=(*like, _ABOUT))
     if step is None:
         raise FileNotFoundError(f"{folder}: no checkpoint")
@@ -285,7 +285,9 @@ def _last_whole(
 
 def _remove_half_written(folder: epath.Path) -> None:
     for path in folder.iterdir():
-        if _TEMPORARY in path.name:
+        # On object stores they have their names from the start, and a file when they are whole.
+        is_step = path.name.isdigit() and not ocp.utils.is_checkpoint_finalized(path)
+        if _TEMPORARY in path.name or is_step:
             logger.warning("%s: a half-written checkpoint; removed", path)
             path.rmtree()
 

@@ -7,7 +7,6 @@ next batch, so a resumed run is the uninterrupted one, bit by bit on the same de
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +21,12 @@ from tqdm import tqdm
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
-from opensora_jax.train import checkpoint, summary, watch, writer
 from opensora_jax.train import state as state_lib
+from opensora_jax.train import summary, watch, writer
+from opensora_jax.train.checkpoint import Best, Checkpoints, agreed
 from opensora_jax.train.preemption import Preempted, Preemption
 from opensora_jax.train.state import Task, TrainState
-from opensora_jax.train.step import Settings, jit_train_step
+from opensora_jax.train.step import Metrics, Settings, jit_train_step
 
 logger = logging.getLogger(__name__)
 
@@ -74,22 +74,13 @@ def fit(
       Preempted: SIGTERM came; the state is saved.
     """
     folder = epath.Path(folder)
-    with contextlib.ExitStack() as stack:
-
-        def closing(thing):
-            return stack.enter_context(contextlib.closing(thing))
-
-        preemption = stack.enter_context(Preemption(folder.name))
-        window, health = watch.Window(settings), watch.Health(settings)
-        checkpoints = closing(
-            checkpoint.Checkpoints(
-                folder,
-                keep=settings.keep_checkpoints,
-                keep_every=settings.keep_every,
-                config=config,
-            )
-        )
-        best = closing(checkpoint.Best(folder))
+    kept = {"keep": settings.keep_checkpoints, "keep_every": settings.keep_every}
+    with (
+        Preemption(folder.name) as preemption,
+        contextlib.closing(Checkpoints(folder, config=config, **kept)) as checkpoints,
+        contextlib.closing(Best(folder)) as best,
+    ):
+        window = watch.Window(settings)
         with preemption.interruptible():
             if checkpoints.latest_step is None:
                 key = rngs.key(settings.seed, "init")
@@ -99,82 +90,112 @@ def fit(
                 batches.set_state(notes["data"])
                 window.resume(notes["window"])
                 logger.info("%s: going on from step %d", folder.name, checkpoints.latest_step)
+        logger.info("%s: %s", folder.name, summary.table(state))
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        update = jit_train_step(task, tx, schedule, settings, shardings)
         first = int(state.step)
-        log = closing(writer.MetricsWriter(folder, first))
-        progress = closing(
+        with (
+            contextlib.closing(writer.MetricsWriter(folder, first)) as log,
             tqdm(
                 total=settings.steps,
                 initial=first,
                 desc=folder.name,
                 unit="step",
                 disable=jax.process_index() > 0,
+            ) as progress,
+        ):
+            loop = _Loop(
+                update=update,
+                batches=batches,
+                mesh=mesh,
+                settings=settings,
+                evaluations=evaluations,
+                preemption=preemption,
+                checkpoints=checkpoints,
+                best=best,
+                log=log,
+                progress=progress,
+                window=window,
+                health=watch.Health(settings),
             )
-        )
-        logger.info("%s: %s", folder.name, summary.table(state))
-        shardings = jax.tree.map(lambda x: x.sharding, state)
-        update = jit_train_step(task, tx, schedule, settings, shardings)
-        evaluate = functools.partial(_evaluate, evaluations, settings, preemption, best, log)
+            return loop.run(state)
 
-        def draw() -> dict[str, jax.Array]:
-            return mesh_lib.shard_batch(next(batches), mesh)
 
-        def save(step: int, data_state: Any) -> None:
-            notes = {"data": data_state, "window": window.pending()}
-            checkpoints.save(step, state, notes)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Loop:
+    """The steps of one run, with what `fit` made for them."""
 
-        if first and not checkpoint.agreed(log.has(first, EVALUATED)):
-            evaluate(first, state)  # stopped between checkpoint and evaluations
+    update: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
+    batches: Iterator[dict[str, np.ndarray]]
+    mesh: Mesh
+    settings: Settings
+    evaluations: Sequence[Evaluation]
+    preemption: Preemption
+    checkpoints: Checkpoints
+    best: Best
+    log: writer.MetricsWriter
+    progress: tqdm
+    window: watch.Window
+    health: watch.Health
+
+    def run(self, state: TrainState) -> TrainState:
+        """The state after the last step."""
+        settings, first = self.settings, int(state.step)
+        if first and not agreed(self.log.has(first, EVALUATED)):
+            self._evaluate(first, state)  # stopped between checkpoint and evaluations
         if first < settings.steps:
-            batch = window.timed(draw)
+            batch = self.window.timed(self._draw)
 
         for step in range(first + 1, settings.steps + 1):
             is_last = step == settings.steps
-            with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
-                state, metrics = update(state, batch)
-                window.add(metrics)
-                data_state = batches.get_state()
+            with jax.set_mesh(self.mesh), jax.transfer_guard("disallow"):
+                state, metrics = self.update(state, batch)
+                self.window.add(metrics)
+                data_state = self.batches.get_state()
                 if not is_last:
-                    batch = window.timed(draw)  # while the device is at this step
+                    batch = self.window.timed(self._draw)  # while the device is at this step
 
             if step % settings.log_every == 0 or is_last:
-                values, steps = window.close()
-                log.write(step, values)
-                progress.set_postfix(loss=f"{values['loss']:.4f}")
-                progress.update(step - progress.n)
-                health.look(step, steps, checkpoints.latest_step)
-                checkpoints.check()
-
+                self._report(step)
             # First the checkpoint: an evaluation that fails must not lose what was trained.
             try:
-                preemption.check(step)
+                self.preemption.check(step)
                 if step % settings.checkpoint_every == 0 or is_last:
-                    save(step, data_state)
-                window.pause(evaluate(step, state))
+                    self._save(step, state, data_state)
+                self._evaluate(step, state)
             except Preempted:
-                if checkpoints.latest_step != step:
-                    save(step, data_state)
+                if self.checkpoints.latest_step != step:
+                    self._save(step, state, data_state)
                 raise
-    return state
+        return state
 
+    def _draw(self) -> dict[str, jax.Array]:
+        return mesh_lib.shard_batch(next(self.batches), self.mesh)
 
-def _evaluate(
-    evaluations: Sequence[Evaluation],
-    settings: Settings,
-    preemption: Preemption,
-    best: checkpoint.Best,
-    log: writer.MetricsWriter,
-    step: int,
-    state: TrainState,
-) -> float:
-    """Runs what is due at `step`; returns the seconds that it took."""
-    due = [e for e in evaluations if step % e.every == 0 or step >= settings.steps]
-    if not due:
-        return 0.0
-    start = time.perf_counter()
-    with preemption.interruptible():
-        values = {k: v for evaluation in due for k, v in evaluation.run(state).items()}
-    seconds = time.perf_counter() - start
-    if VALIDATION_LOSS in values:
-        best.offer(step, values[VALIDATION_LOSS], state)
-    log.write(step, {**values, EVALUATED: seconds})
-    return seconds
+    def _report(self, step: int) -> None:
+        """Logs the steps since the last time, and looks whether all is well with them."""
+        values, steps = self.window.close()
+        self.log.write(step, values)
+        self.progress.set_postfix(loss=f"{values['loss']:.4f}")
+        self.progress.update(step - self.progress.n)
+        self.health.look(step, steps, self.checkpoints.latest_step)
+        self.checkpoints.check()
+
+    def _save(self, step: int, state: TrainState, data_state: Any) -> None:
+        notes = {"data": data_state, "window": self.window.pending()}
+        self.checkpoints.save(step, state, notes)
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        """Runs what is due at `step`, and logs it."""
+        is_last = step >= self.settings.steps
+        due = [e for e in self.evaluations if step % e.every == 0 or is_last]
+        if not due:
+            return
+        start = time.perf_counter()
+        with self.preemption.interruptible():
+            values = {k: v for evaluation in due for k, v in evaluation.run(state).items()}
+        seconds = time.perf_counter() - start
+        self.window.pause(seconds)
+        if VALIDATION_LOSS in values:
+            self.best.offer(step, values[VALIDATION_LOSS], state)
+        self.log.write(step, {**values, EVALUATED: seconds})
