@@ -1,6 +1,6 @@
 """Vector quantization with a codebook learned by exponential moving averages.
 
-Shape suffixes: N positions, K codes, D embedding dimension.
+Shape suffixes: N positions, K codes, B codes of a block, D embedding dimension.
 """
 
 import jax
@@ -12,25 +12,34 @@ class CodebookVariable(nnx.Variable):
     """State of the codebook: trained by averages, not by gradients."""
 
 
-def nearest_codes(z_ND: jax.Array, codebook_KD: jax.Array, chunk: int = 16_384) -> jax.Array:
-    """Index (N,) int32 of the nearest row of the codebook in Euclidean distance.
+def nearest_codes(z_ND: jax.Array, codebook_KD: jax.Array, block: int = 256) -> jax.Array:
+    """Index (N,) int32 of the nearest code in Euclidean distance, the first of equals.
 
-    |z|^2 is left out, being the same for all codes. Positions go in chunks, so that the distances
-    of a long video are never all in memory.
+    |z|^2 is left out, being the same for all codes. Codes go in blocks, so that only N x `block`
+    distances are in memory at a time, and positions may be divided over devices.
     """
-    codebook_KD = codebook_KD.astype(jnp.float32)
+    block = min(block, len(codebook_KD))
+    z_ND, codebook_KD = z_ND.astype(jnp.float32), codebook_KD.astype(jnp.float32)
     half_norm_K = 0.5 * jnp.sum(codebook_KD**2, axis=-1)
+    excess = -len(codebook_KD) % block
+    blocks = (
+        jnp.pad(codebook_KD, ((0, excess), (0, 0))).reshape(-1, block, codebook_KD.shape[1]),
+        jnp.pad(half_norm_K, (0, excess), constant_values=jnp.inf).reshape(-1, block),
+    )
 
-    def search(z_ND):
-        score_NK = jnp.dot(z_ND, codebook_KD.T, precision=jax.lax.Precision.HIGHEST) - half_norm_K
-        return jnp.argmax(score_NK, axis=-1).astype(jnp.int32)
+    def search(carry, xs):
+        start, best_N, code_N = carry
+        codes_BD, half_norm_B = xs
+        score_NB = jnp.dot(z_ND, codes_BD.T, precision=jax.lax.Precision.HIGHEST) - half_norm_B
+        score_N = jnp.max(score_NB, axis=-1)
+        index_N = start + jnp.argmax(score_NB, axis=-1).astype(jnp.int32)
+        code_N = jnp.where(score_N > best_N, index_N, code_N)
+        return (start + block, jnp.maximum(best_N, score_N), code_N), None
 
-    n = z_ND.shape[0]
-    z_ND = z_ND.astype(jnp.float32)
-    if n <= chunk:
-        return search(z_ND)
-    chunks = jnp.pad(z_ND, ((0, -n % chunk), (0, 0))).reshape(-1, chunk, z_ND.shape[-1])
-    return jax.lax.map(search, chunks).reshape(-1)[:n]
+    n = len(z_ND)
+    first = jnp.int32(0), jnp.full(n, -jnp.inf), jnp.zeros(n, jnp.int32)
+    (_, _, code_N), _ = jax.lax.scan(search, first, blocks)
+    return code_N
 
 
 class Codebook(nnx.Module):

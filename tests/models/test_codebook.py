@@ -31,13 +31,25 @@ def make(embeddings, counts, decay=0.99):
 
 
 @pytest.mark.parametrize("n", [1, 16, 50])
-def test_nearest_codes_whole_and_in_chunks(n):
+def test_nearest_codes_whole_and_in_blocks(n):
     z, codebook = normal(0, n, 5), 2 * normal(1, 12, 5)
+    codebook[7] = codebook[2]  # of equals the first counts
     expected = brute_force(z, codebook)
-    for chunk in (64, 16):
-        codes = nearest_codes(jnp.asarray(z), jnp.asarray(codebook), chunk)
+    for block in (64, 12, 5, 4):
+        codes = nearest_codes(jnp.asarray(z), jnp.asarray(codebook), block)
         assert codes.dtype == jnp.int32
         np.testing.assert_array_equal(codes, expected)
+
+
+def test_the_distances_of_a_long_video_are_never_all_in_memory():
+    n, k, d = 100_000, 2048, 256
+    z, codebook = (
+        jax.ShapeDtypeStruct((n, d), jnp.float32),
+        jax.ShapeDtypeStruct((k, d), jnp.float32),
+    )
+    compiled = jax.jit(nearest_codes).lower(z, codebook).compile()
+    # No more than the latents themselves, by and large.
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * 4 * n * d
 
 
 def test_codes_and_lookup_keep_leading_dimensions():
