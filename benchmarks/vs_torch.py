@@ -55,14 +55,14 @@ def pytorch(config, compiled: bool) -> tuple[dict, Run]:
     import torch
     from torch_dit import Training
 
-    from opensora_jax import synthetic
+    from opensora_jax import mesh, synthetic
 
     training = synthetic.training(config)
     names = ("depth", "width", "heads", "channels", "patch", "text_width")
     step = Training(
         {name: training.dit[name] for name in names} | {"grid": synthetic.latent_grid(config)},
         training.task.latents.table,
-        synthetic.batch(config),
+        synthetic.batch(config, mesh.make_mesh(config.mesh)),
         compiled=compiled,
     )
     is_gpu = step.device.type == "cuda"

@@ -15,7 +15,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from opensora_jax import check, cli, hardware, rngs, synthetic
+from opensora_jax import check, cli, hardware, rngs, runtime, synthetic
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.models import flops
 from opensora_jax.train import state as state_lib
@@ -66,7 +66,7 @@ class Bench:
         self._state, shardings = state_lib.create(
             training.task, training.tx, mesh, rngs.key(config.seed, "init")
         )
-        self._batch = mesh_lib.shard_batch(synthetic.batch(config), mesh)
+        self._batch = mesh_lib.shard_batch(synthetic.batch(config, mesh), mesh)
         step = step_lib.jit_train_step(
             training.task, training.tx, training.schedule, training.settings, shardings
         )
@@ -136,9 +136,13 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = cli.CONFIG.value
+    runtime.start()
+    jax.config.update("jax_enable_compilation_cache", False)  # how long it takes is measured
     try:
         check.config(config)
-        print(table(Bench(config).measure(_STEPS.value)))
+        measured = Bench(config).measure(_STEPS.value)
+        if jax.process_index() == 0:
+            print(table(measured))
     except cli.USER_ERRORS as error:
         sys.exit(f"error: {error}")
 

@@ -9,8 +9,10 @@ import math
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from opensora_jax import mesh as mesh_lib
 from opensora_jax.stages import common
 from opensora_jax.tasks.dit import Latents
 
@@ -57,13 +59,11 @@ def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def batch(config: ConfigDict) -> dict[str, np.ndarray]:
-    """This process's share of a random batch."""
-    rng = np.random.default_rng(jax.process_index())
-    shapes = {
-        name: (x.shape[0] // jax.process_count(), *x.shape[1:])
-        for name, x in batch_shapes(config).items()
-    }
+def batch(config: ConfigDict, mesh: Mesh) -> dict[str, np.ndarray]:
+    """This process's part of a random batch, for `mesh.shard_batch`."""
+    n = len(mesh_lib.batch_places(mesh, config.dit.batch_size))
+    shapes = {name: (n, *x.shape[1:]) for name, x in batch_shapes(config).items()}
+    rng = np.random.default_rng(0)
     longest = text_length(config)
     return {
         "codes": rng.integers(config.vqvae.n_codes, size=shapes["codes"], dtype=np.int32),

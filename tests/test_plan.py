@@ -1,0 +1,185 @@
+"""Planning for TPU slices: what the figures mean, and what is shipped compiled for its slices."""
+
+import importlib
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from opensora_jax import aot, hardware, plan, synthetic
+from opensora_jax.hlo import Collective, Shape
+from opensora_jax.models import flops
+from opensora_jax.models.dit import REMAT_POLICIES
+
+# Each shipped configuration that names slices, and those slices.
+SHIPPED = [
+    ("dit_xl2", "v5e:4x4"),
+    ("dit_xl2", "v6e:4x4"),
+    ("dit_3b", "v5p:4x4x4"),
+    ("dit_3b", "v5p:4x8x8"),
+    ("dit_7b", "v5p:4x4x4"),
+    ("dit_7b", "v5p:4x8x8"),
+]
+
+
+def shipped(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+class Device(NamedTuple):
+    coords: tuple[int, int, int]
+
+
+class Mesh(NamedTuple):
+    devices: np.ndarray
+    axis_names: tuple[str, ...]
+
+    @property
+    def shape(self):
+        return dict(zip(self.axis_names, self.devices.shape, strict=True))
+
+
+def planned(kind, shape, axes, **fields):
+    """A plan for a slice of `shape`, whose mesh has one axis for each dimension."""
+    devices = np.empty(shape, object)
+    for place in np.ndindex(*shape):
+        devices[place] = Device((*place, 0, 0)[:3])
+    mesh = Mesh(devices, axes)
+    facts = {
+        "slice": aot.Slice("name", hardware.CHIPS[kind], list(devices.flat)),
+        "mesh": mesh,
+        "remat": "full",
+        "n_parameters": 1000,
+        "tokens": 64,
+        "model_flops": 1e12,
+        "state_bytes": {"parameters": 2**30},
+        "weight_sizes": frozenset({(64, 256)}),
+        "compile_seconds": 1.0,
+    }
+    return aot.Plan(**facts | fields)
+
+
+def collective(kind, dims, groups, count=1):
+    return Collective(kind, (Shape("bf16", dims, True),), np.array(groups), count, "")
+
+
+ALL, ROWS = [list(range(16))], [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "what", "groups", "seconds"),
+    [
+        # 2 GB to all of a v5e 4x4, which is no ring: over two lines of 50 GB/s.
+        ("v5e", (4, 4), "all-gather", ALL, 2 * 15 / 16 / 100),
+        ("v5e", (4, 4), "reduce-scatter", ROWS, 2 * 3 / 4 / 50),
+        ("v5e", (4, 4), "all-reduce", ROWS, 2 * 2 * 3 / 4 / 50),
+        # v5p closes rings from 4 on: twice 100 GB/s a dimension.
+        ("v5p", (4, 4), "all-gather", ALL, 2 * 15 / 16 / 400),
+        ("v5p", (4, 4), "all-to-all", ROWS, 2 / 200),
+        ("v5p", (4, 4), "collective-permute", [[0, 1], [1, 2]], 2 / 100),
+        ("v5p", (4, 4), "all-reduce", [[0], [1]], 0.0),
+    ],
+)
+def test_time_of_a_collective(kind, shape, what, groups, seconds):
+    found = planned(kind, shape, ("fsdp", "tensor"))
+    assert found.link_seconds(collective(what, (10**9,), groups)) == pytest.approx(seconds)
+
+
+def test_what_is_sent_and_where():
+    found = planned("v5p", (4, 4), ("fsdp", "tensor"))
+    assert found.mesh_axes(collective("all-gather", (8,), ALL)) == "fsdp, tensor"
+    assert found.mesh_axes(collective("all-gather", (8,), ROWS)) == "tensor"
+    assert found.purpose(collective("all-gather", (1, 256, 64), ROWS)) == "weights"
+    assert found.purpose(collective("reduce-scatter", (64, 256), ROWS)) == "gradients"
+    assert found.purpose(collective("all-reduce", (8, 64, 256), ROWS)) == "activations"
+    assert found.purpose(collective("all-reduce", (), ROWS)) == "scalars"
+
+
+def test_bounds_and_report():
+    found = planned(
+        "v5p",
+        (4, 4),
+        ("fsdp", "tensor"),
+        flops=459e12 / 10,
+        hbm_bytes=2765e9 / 20,
+        temporary_bytes=4 * 2**30,
+        collectives=(collective("all-gather", (64, 256), ALL, count=3),),
+        model_flops=16 * 459e12 / 20,
+    )
+    assert (found.compute_seconds, found.memory_seconds) == pytest.approx((0.1, 0.05))
+    assert found.mfu_bound == pytest.approx(0.5)
+    assert found.fits
+    text = plan.report(found)
+    assert "| headroom | 90.74 |" in text
+    assert "| all-gather | weights, bf16 | fsdp, tensor | 3 | 0.000 | 0.00 |" in text
+    assert "MFU at most 50.0%. Fits." in text
+
+
+def test_what_does_not_fit():
+    assert not planned("v5e", (4, 4), ("fsdp", "tensor"), temporary_bytes=15 * 2**30).fits
+    refused = planned("v5e", (4, 4), ("fsdp", "tensor"), refusal="20G of 15.75G")
+    assert not refused.fits
+    assert plan.report(refused).endswith("Does not fit: 20G of 15.75G")
+
+
+def test_candidates_divide_the_devices():
+    config = shipped("dit_7b")
+    seen = list(plan.candidates(config, 16))
+    assert {np.prod(list(c.mesh.values())) for c in seen} == {16}
+    assert {c.dit.remat for c in seen} == set(REMAT_POLICIES)
+    assert seen[0].dit.remat == "full"
+    assert dict(config.mesh) == dict(shipped("dit_7b").mesh)
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:banana", "4x4"])
+def test_a_wrong_topology(name):
+    with pytest.raises(ValueError, match=rf"--topology={name}: expected .*v5p:4x4x8"):
+        aot.tpu_slice(name)
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[tpu\]'"):
+        aot.tpu_slice("v5e:4x4")
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in SHIPPED))
+def test_parameters_are_the_formula_s(name):
+    config = shipped(name)
+    training = synthetic.training(config)
+    params, _ = jax.eval_shape(training.task.init, jax.random.key(0))
+    n = flops.dit_parameters(training.dit)
+    assert sum(x.size for x in jax.tree.leaves(params)) == n
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) == 4 * n
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "topology"), SHIPPED)
+def test_shipped_configurations_compile_for_their_slices(name, topology):
+    config = shipped(name)
+    width, heads = config.dit.width, config.dit.heads
+    if config.dit.size:
+        width, heads = 1152, 16
+    config.dit.update(size="", depth=2, width=width, heads=heads)
+    found = aot.make(config, aot.tpu_slice(topology))
+    assert found.fits, plan.report(found)
+    assert found.unknown_loops == 0
+    n_devices = len(found.slice.devices)
+    # Rematerialization computes the blocks' forward pass again, a third on top.
+    assert found.model_flops < n_devices * found.flops < 1.6 * found.model_flops
+    state = sum(found.state_bytes.values())
+    assert state == pytest.approx(4 * 4 * found.n_parameters / n_devices, rel=0.02)
+    # Weights are gathered and their gradients scattered; activations stay where they are.
+    sent = {"weights": 0, "gradients": 0, "activations": 0, "scalars": 0}
+    for c in found.collectives:
+        sent[found.purpose(c)] += c.count * c.bytes
+    assert sent["activations"] < 0.05 * sum(sent.values())
+    assert 0 < found.mfu_bound < 1
+
+
+@pytest.mark.slow
+def test_a_slice_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"--topology=v5p:3x5: expected .*chips_per_host_bounds"):
+        aot.tpu_slice("v5p:3x5")
