@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", default="out.mp4", help=".mp4 or .gif; several prompts are numbered")
     add("--best", action="store_true", help="weights of the lowest validation loss, not the last")
     add("--steps", type=_positive(int), default=30, help="Euler steps")
-    add("--guidance", type=_positive(float), default=2.0, help="guidance scale; 1 is off")
+    add("--guidance", type=_positive(float), default=5.0, help="guidance scale; 1 is off")
     add("--seed", type=int, default=0, help="of the noise; the same seed gives the same bytes")
     add("--frames", type=_positive(int), help="frames of a video [as in training]")
     add("--height", type=_positive(int), help="pixels [as in training]")
