@@ -184,7 +184,7 @@ class Checkpoints:
         needed = sum(x.nbytes for x in jax.tree.leaves(items))
         free = shutil.disk_usage(self._folder).free
         if needed > free:
-            raise OSError(f"it needs up to {needed / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB")
+            raise OSError(f"it needs up to {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB")
 
     @contextlib.contextmanager
     def _explaining(self) -> Iterator[None]:

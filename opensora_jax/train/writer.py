@@ -1,6 +1,7 @@
 """Where a training writes what it measures: metrics.jsonl and TensorBoard."""
 
 import json
+import logging
 from collections.abc import Mapping
 
 import jax
@@ -8,6 +9,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from opensora_jax import files
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -41,8 +44,12 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self._is_writer:
+        if not self._is_writer:
+            return
+        try:
             self._tensorboard.close()
+        except OSError as error:  # no reason to stop, and not to hide one there may be
+            logger.warning("%s: TensorBoard's logs are not complete: %s", self._path.parent, error)
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:
