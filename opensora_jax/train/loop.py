@@ -170,7 +170,8 @@ class _Loop:
         return state
 
     def _draw(self) -> dict[str, jax.Array]:
-        return mesh_lib.shard_batch(next(self.batches), self.mesh)
+        with jax.transfer_guard_host_to_device("allow"):  # the one transfer there is to be
+            return mesh_lib.shard_batch(next(self.batches), self.mesh)
 
     def _report(self, step: int) -> None:
         """Logs the steps since the last time, and looks whether all is well with them."""
