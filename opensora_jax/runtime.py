@@ -14,16 +14,16 @@ _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribu
 
 
 def start() -> None:
-    """Joins the other processes, if there are any, keeps compiled programs, and sets up logs."""
-    if _n_processes() > 1:
+    """Joins the other processes, if there are any, sets up logs, and keeps compiled programs."""
+    # Ours speak, in one process; Orbax and JAX only when something is wrong.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    if n_processes() > 1:
         _join_processes()
+    level = logging.INFO if jax.process_index() == 0 else logging.ERROR
+    logging.getLogger("opensora_jax").setLevel(level)
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR names another
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "opensora_jax" / "compiled"))
-    # Ours speak, in one process; Orbax and JAX only when something is wrong.
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    level = logging.INFO if jax.process_index() == 0 else logging.ERROR
-    logging.getLogger("opensora_jax").setLevel(level)
 
 
 def _join_processes() -> None:
@@ -34,7 +34,7 @@ def _join_processes() -> None:
     )
 
 
-def _n_processes() -> int:
+def n_processes() -> int:
     """How many processes the environment says this run has: JAX_NUM_PROCESSES (beside
     JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID), Slurm, Open MPI or a TPU pod."""
     for name in ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
@@ -42,10 +42,11 @@ def _n_processes() -> int:
             return int(os.environ[name])
     platforms = jax.config.jax_platforms or "tpu"
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-    return _n_tpu_hosts() if chips and "tpu" in platforms else 1
+    return n_tpu_hosts() if chips and "tpu" in platforms else 1
 
 
-def _n_tpu_hosts() -> int:
+def n_tpu_hosts() -> int:
+    """How many hosts a TPU pod has: the environment says it, or the metadata of a Cloud TPU VM."""
     slices = int(os.environ.get("MEGASCALE_NUM_SLICES", 1))
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES")
     if hosts is None:

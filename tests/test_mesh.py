@@ -1,5 +1,7 @@
 """The mesh, and the rule table that every parameter's axes go through."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -140,3 +142,34 @@ def test_a_batch_is_divided_over_both_data_axes():
     assert {s.data.shape for s in batch.addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(jax.device_get(batch), x)
     np.testing.assert_array_equal(mesh_lib.batch_places(mesh, 8), np.arange(8))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh looks at in a device."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+@pytest.mark.parametrize(
+    ("given", "axis"),
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 0),
+        ({"data": 4, "context": 2}, 0),
+        ({"fsdp": 4, "context": 2}, 1),
+    ],
+)
+def test_slices_are_divided_over_data_or_else_over_fsdp(given, axis):
+    devices = [Device(i, slice_index=i // 4) for i in range(8)]
+    mesh = mesh_lib.make_mesh(sizes(**given), devices)
+    assert dict(mesh.shape) == sizes(**given)
+    # Along that axis the first half is one slice and the second the other.
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    for i, half in enumerate(np.split(slices, 2, axis=axis)):
+        assert (half == i).all()
+    with pytest.raises(ValueError, match=r"data=1, mesh\.fsdp=1: the 2 slices do not divide them"):
+        mesh_lib.make_mesh(sizes(context=8), devices)

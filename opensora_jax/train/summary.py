@@ -26,7 +26,9 @@ def table(state: TrainState) -> str:
     for path, x in leaves:
         *module, name = [str(entry.key) for entry in path]
         # The blocks of a stack in one line each kind, the rest by their first names.
-        modules.setdefault(".".join(module[:2]), []).append((".".join([*module[2:], name]), x))
+        modules.setdefault(".".join(module[:2]) or name, []).append(
+            (".".join([*module[2:], name]), x)
+        )
     rows = [("module", "parameters", "a device", "large arrays: shape, mesh axes of dimensions")]
     for module, arrays in modules.items():
         large: dict[str, list[str]] = {}
