@@ -302,9 +302,7 @@ def test_what_cannot_be_written_is_one_error_and_loses_nothing(folder, caplog):
 def test_a_full_disk_is_seen_before_writing(folder):
     with opened(folder) as checkpoints:
         huge = np.broadcast_to(np.float32(0), (2**50,))
-        with pytest.raises(
-            OSError, match=r"step 3 could not .*: it needs up to [0-9.]+ MB"
-        ):
+        with pytest.raises(OSError, match=r"step 3 could not .*: it needs up to [0-9.]+ MB"):
             checkpoints.save_items(3, {"ema": {"kernel": huge}})
     assert folders(folder) == {"1", "2"}
 

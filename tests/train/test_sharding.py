@@ -194,6 +194,8 @@ def test_a_training_goes_on_on_another_mesh(tmp_path):
     state, _ = here.run(here.start(), range(10))
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(10, state, {"next_index": 10})
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(tmp_path)
     state, data = checkpoints.restore(there.start())
     checkpoints.close()
     assert data == {"next_index": 10}

@@ -25,7 +25,12 @@ def test_modules_their_parts_on_a_device_and_the_axes_of_large_arrays():
         "final": {"kernel": array((16, 64), ("data", "fsdp")), "bias": array((64,))},
     }
     state = TrainState(
-        step=array(()), params=params, ema=params, opt_state=optax.adam(1.0).init(params), extra={}
+        step=array(()),
+        params=params,
+        ema=params,
+        opt_state=optax.adam(1.0).init(params),
+        extra={},
+        skipped={},
     )
     title, header, *rows = summary.table(state).split("\n")
     # 4 bytes of a quarter of 3072 and 1024 numbers and the bias whole; Adam counts in 4 bytes.
