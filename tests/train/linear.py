@@ -53,7 +53,8 @@ class Rows:
 def batches(bad=(), shuffled=True):
     rows = grain.MapDataset.source(Rows(bad))
     rows = rows.shuffle(seed=0) if shuffled else rows
-    return iter(rows.repeat().batch(16, drop_remainder=True).to_iter_dataset())
+    few = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(rows.repeat().batch(16, drop_remainder=True).to_iter_dataset(few))
 
 
 def optimizer(settings):
