@@ -28,6 +28,7 @@ _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("while", "conditional", "call", "partition-id", "replica-id", "opt-barrier"),
 }
+_SLICES = {"slice", "slice-start", "dynamic-slice", "gather"}
 _CONTROL = {"while", "conditional", "call", "async-start"}
 
 
@@ -174,52 +175,63 @@ class Program:
 
     def _bytes(self, instruction: Instruction, computation: Computation) -> int:
         opcode = instruction.opcode
+        is_kernel = instruction.attribute("custom_call_target") == "tpu_custom_call"
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return 0
-        inputs = [computation[name] for name in instruction.operands]
-        if opcode == "fusion":
-            inner = self._computations[instruction.called[0]]
-        else:
-            # As if fused alone, so that slices count as what they are.
-            inner = {i.name: i._replace(opcode="parameter") for i in inputs}
-            inner[instruction.name] = instruction._replace(is_root=True)
-        parameters = [i for i in inner.values() if i.opcode == "parameter"]
-        if opcode == "fusion":
-            parameters.sort(key=lambda i: int(re.match(r"parameter\((\d+)\)", i.text)[1]))
-        read = sum(
-            _read(parameter, inner)
-            for parameter, given in zip(parameters, inputs, strict=False)
-            if all(shape.in_hbm for shape in given.shapes)
-        )
-        shapes = instruction.shapes
+        if opcode == "custom-call" and not is_kernel:
+            return 0  # places buffers, or waits
+        given = [computation[name].shapes for name in instruction.operands]
+        made = instruction.shapes
         if opcode.endswith("-start"):
-            shapes = shapes[:1] if opcode == "copy-start" else shapes[len(inputs) :][: len(inputs)]
-        root = next(i for i in inner.values() if i.is_root)
-        results = [inner[x] for x in root.operands] if root.opcode == "tuple" else [root]
-        if len(results) != len(shapes):
-            return read + sum(s.bytes for s in shapes if s.in_hbm)
-        return read + sum(
-            _update(result, inner) if result.opcode == "dynamic-update-slice" else shape.bytes
-            for result, shape in zip(results, shapes, strict=True)
-            if shape.in_hbm
-        )
-
-
-def _update(instruction: Instruction, computation: Computation) -> int:
-    return sum(s.bytes for s in computation[instruction.operands[1]].shapes)
-
-
-def _read(parameter: Instruction, computation: Computation) -> int:
-    """Bytes read of a parameter: only slices, where all that uses it takes slices."""
-    users = [i for i in computation.values() if parameter.name in i.operands]
-    total = 0
-    for user in users:
-        if user.opcode == "dynamic-slice" and user.operands[0] == parameter.name:
-            total += sum(s.bytes for s in user.shapes)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-            total += 0  # updated in place
+            made = made[:1] if opcode == "copy-start" else made[len(given) :][: len(given)]
+        if opcode != "fusion":
+            inner = {name: computation[name] for name in instruction.operands}
+            parameters, results = list(inner.values()), [instruction] * len(made)
+            inner[instruction.name] = instruction
         else:
-            return sum(s.bytes for s in parameter.shapes)
+            inner = self._computations[instruction.called[0]]
+            parameters = [i for i in inner.values() if i.opcode == "parameter"]
+            parameters.sort(key=lambda i: int(re.match(r"parameter\((\d+)\)", i.text)[1]))
+            root = next(i for i in inner.values() if i.is_root)
+            results = [inner[x] for x in root.operands] if root.opcode == "tuple" else [root]
+            if len(results) != len(made):
+                results = [root] * len(made)
+        # What only passes through is neither read nor written.
+        aliases = re.findall(r"\{(\d*)\}: \((\d+), \{", instruction.text)
+        passed = {int(i or 0): int(j) for i, j in aliases}
+        passed = {i: j for i, j in passed.items() if _update(results[i], inner) is None}
+        total = 0
+        for j, (shapes, parameter) in enumerate(zip(given, parameters, strict=True)):
+            if j not in passed.values() and all(shape.in_hbm for shape in shapes):
+                total += _read(parameter, inner)
+        for i, (shape, result) in enumerate(zip(made, results, strict=True)):
+            if i not in passed and shape.in_hbm:
+                update = _update(result, inner)
+                total += shape.bytes if update is None else update
+        return total
+
+
+def _update(result: Instruction, computation: Computation) -> int | None:
+    """Bytes that a result changes in place, where it is an update of a slice."""
+    while result.opcode == "bitcast":
+        result = computation[result.operands[0]]
+    if result.opcode != "dynamic-update-slice":
+        return None
+    return sum(s.bytes for s in computation[result.operands[1]].shapes)
+
+
+def _read(value: Instruction, computation: Computation) -> int:
+    """Bytes read of a value: only slices, where all that uses it takes slices."""
+    total = 0
+    for user in computation.values():
+        if value.name not in user.operands:
+            continue
+        if user.opcode == "bitcast":
+            total += _read(user, computation)
+        elif user.opcode in _SLICES and user.operands[0] == value.name:
+            total += user.shapes[1 if user.opcode.endswith("-start") else 0].bytes
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
+            return sum(s.bytes for s in value.shapes)
     return total
 
 
