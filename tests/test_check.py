@@ -62,6 +62,8 @@ def test_no_number_may_be_negative(name):
         ("stages", ("vqvae", "sample"), "some of shapes, vqvae"),
         ("shapes.n_frames", 1, "at least 2"),
         ("vqvae.steps", 0, "a positive number"),
+        ("vqvae.keep_every", 1500, r"a multiple of vqvae\.checkpoint_every=1000"),
+        ("dit.keep_checkpoints", 0, "a positive number"),
         ("vqvae.n_codes", 1, "at least 2"),
         ("vqvae.downsample", (4, 4), "three powers of two"),
         ("vqvae.downsample", (4, 3, 4), "three powers of two"),

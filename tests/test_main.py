@@ -152,6 +152,7 @@ def test_samples_depend_on_the_seed_alone(workdir, tmp_path):
     a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
     assert a == b
     assert a != c
+    sample(workdir, tmp_path / "best.mp4", "--best")
 
 
 def test_other_sizes_and_gifs(workdir, tmp_path):
