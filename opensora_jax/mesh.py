@@ -213,9 +213,7 @@ def batch_places(mesh: Mesh, batch_size: int) -> np.ndarray:
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """The `batch_places` of a batch -> global arrays divided over the data axes."""
     sharding = NamedSharding(mesh, BATCH)
-    # For JAX this transfer is an explicit one on one process only.
-    with jax.transfer_guard_host_to_device("allow"):
-        return {
-            name: jax.make_array_from_process_local_data(sharding, array)
-            for name, array in batch.items()
-        }
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }

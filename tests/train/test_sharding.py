@@ -16,7 +16,7 @@ from opensora_jax.models.dit import DiT
 from opensora_jax.models.vqvae import VQVAE
 from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.tasks.vqvae import VQVAETask
-from opensora_jax.train import checkpoint, optim, step
+from opensora_jax.train import optim, step
 from opensora_jax.train import state as state_lib
 from opensora_jax.train.state import TrainState
 
@@ -187,21 +187,6 @@ def test_numbers_do_not_depend_on_the_mesh(make_task, optimizer, layout):
     assert len(np.unique(one[:, 0])) == STEPS
     assert one[-5:, 0].mean() < one[:5, 0].mean()
     assert_close(measured(make_task, layout, optimizer), one)
-
-
-def test_a_training_goes_on_on_another_mesh(tmp_path):
-    here, there = (training(dit_task, layout, "adamw") for layout in ("8x1x1x1", "1x2x2x2"))
-    state, _ = here.run(here.start(), range(10))
-    checkpoints = checkpoint.Checkpoints(tmp_path)
-    checkpoints.save(10, state, {"next_index": 10})
-    checkpoints.close()
-    checkpoints = checkpoint.Checkpoints(tmp_path)
-    state, data = checkpoints.restore(there.start())
-    checkpoints.close()
-    assert data == {"next_index": 10}
-    assert state.params["blocks"]["mlp"]["up"]["kernel"].sharding.mesh == there.mesh
-    _, losses = there.run(state, range(10, STEPS))
-    assert_close(losses, measured(dit_task, "1x1x1x1", "adamw")[10:])
 
 
 def test_fsdp_gathers_weights_and_never_sums_activations():
