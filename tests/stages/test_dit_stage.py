@@ -149,3 +149,16 @@ def test_a_resumed_training_does_not_start_again(data, tmp_path):
     step, resumed = restore(tmp_path, like)
     assert step == 4
     jax.tree.map(functools.partial(assert_close, atol=1e-6), trained["params"], resumed["params"])
+
+
+def test_tokens_divide_over_the_context_axis(tmp_path):
+    write_dataset(tmp_path / "data")
+    # 8 tokens of video and 3 of text.
+    c = make_config(tmp_path / "data", init_from="", text_mode="in_context")
+    c.mesh.update({"data": 2, "fsdp": 2, "context": 2, "tensor": 1})
+    message = (
+        r"mesh\.context=2: expected a divisor of the 8 tokens of a 2x4x4 grid .* and 3 of text"
+    )
+    with pytest.raises(ValueError, match=message):
+        stage.run(c, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
