@@ -63,14 +63,17 @@ class ClipSource:
     def clip(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
         if index in self._cache:
             return self._cut(self._cache[index], rng)
+        video, reason = None, None
         try:
             video = self._read(index)
         except video_io.VideoError as error:
-            logger.warning("left out: %s", error)
-            video = None
+            reason = error
         with self._lock:
+            # Another thread may have read it meanwhile.
+            if reason is not None and index not in self._cache:
+                logger.warning("left out: %s", reason)
             size = 0 if video is None else video.nbytes
-            if size <= self._room:
+            if size <= self._room and index not in self._cache:
                 self._room -= size
                 self._cache[index] = video
         return self._cut(video, rng)
