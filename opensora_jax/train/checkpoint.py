@@ -284,7 +284,8 @@ def _last_whole(
 
 
 def _remove_half_written(folder: epath.Path) -> None:
-    for path in folder.iterdir():
+    # Object stores have no empty folders.
+    for path in folder.iterdir() if folder.exists() else ():
         # On object stores they have their names from the start, and a file when they are whole.
         is_step = path.name.isdigit() and not ocp.utils.is_checkpoint_finalized(path)
         if _TEMPORARY in path.name or is_step:
