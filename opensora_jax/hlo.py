@@ -185,9 +185,10 @@ class Program:
         if opcode.endswith("-start"):
             made = made[:1] if opcode == "copy-start" else made[len(given) :][: len(given)]
         if opcode != "fusion":
-            inner = {name: computation[name] for name in instruction.operands}
-            parameters, results = list(inner.values()), [instruction] * len(made)
-            inner[instruction.name] = instruction
+            parameters = [computation[name] for name in dict.fromkeys(instruction.operands)]
+            given = [parameter.shapes for parameter in parameters]  # one given twice is read once
+            results = [instruction] * len(made)
+            inner = {i.name: i for i in (*parameters, instruction)}
         else:
             inner = self._computations[instruction.called[0]]
             parameters = [i for i in inner.values() if i.opcode == "parameter"]

@@ -167,6 +167,13 @@ def test_a_loop_of_unknown_length_is_named_and_counted_once():
     assert found.matmul_flops() == found.matmul_flops(loops=False) == 2 * 64 * 64 * 48
 
 
+def test_an_operand_given_twice_is_read_once():
+    x = "%x = bf16[64,48] broadcast(%get-tuple-element.2)"
+    square = f"{x}\n  %square = bf16[64,48] multiply(%x, %x)"
+    added = tpu(square, SCAN).hbm_bytes() - tpu(x, SCAN).hbm_bytes()
+    assert added == 12 * 2 * 64 * 48 * 2  # read and written, two bytes each, in twelve turns
+
+
 @pytest.mark.parametrize(
     ("out", "lhs", "rhs", "attributes", "flops"),
     [
