@@ -101,10 +101,12 @@ def get_config() -> ConfigDict:
     c.dit.text_length = 0  # tokens a caption is padded or cut to; 0: the longest in the data
     c.dit.n_latent_frames = 0  # latent frames an example; 0: the fewest in the data
     c.dit.caption_dropout = 0.1  # share of examples without text, for guidance
-    # What the network gives: velocity, or data (the clean latents, from which the velocity follows)
+    # What is trained on: flow, rectified flow, or ddpm, DiT's (the noise, its variance learned).
+    c.dit.objective = "flow"
+    # Of flow, what the network gives: velocity, or data (the clean latents, from which the velocity follows)
     # where a token holds as many numbers as the network is wide.
     c.dit.prediction = "velocity"
-    c.dit.time_shift = 1.0  # above 1: more of the noisy times, for large grids or patches
+    c.dit.time_shift = 1.0  # of flow; above 1: more of the noisy times, for large grids or patches
     c.dit.validation_share = 0.02  # share of the videos held back to measure the loss on
     c.dit.batch_size = 256  # examples a step, over all devices
     c.dit.accumulate = 1  # microbatches a step, when a batch does not fit
@@ -134,8 +136,9 @@ def get_config() -> ConfigDict:
 
     # Samples drawn during training, for the report and by opensora_jax.sample by default.
     c.sample = ConfigDict()
-    c.sample.steps = 50  # Euler steps
+    c.sample.steps = 50  # of Euler's method; with ddpm, of DDIM
     c.sample.guidance = 4.0  # scale of classifier-free guidance; 1: off
+    c.sample.ancestral = False  # of ddpm: DiT's sampler, which draws noise in each step, not DDIM
     c.sample.prompts = ()  # drawn while training; empty: captions of the validation videos
 
     # Grading of samples on moving shapes (needs the shapes stage).

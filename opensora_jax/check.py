@@ -95,7 +95,6 @@ def config(c: ConfigDict, devices: Sequence | None = None) -> None:
     Raises:
       ValueError: naming the field, its value and what was expected.
     """
-    from opensora_jax.diffusion import flow
     from opensora_jax.models import dit
     from opensora_jax.train.optim import OPTIMIZERS
 
@@ -122,12 +121,7 @@ def config(c: ConfigDict, devices: Sequence | None = None) -> None:
     _expect(
         c, "dit.text_mode", lambda v: v in dit.TEXT_MODES, f"one of {', '.join(dit.TEXT_MODES)}"
     )
-    _expect(
-        c,
-        "dit.prediction",
-        lambda v: v in flow.PREDICTIONS,
-        f"one of {', '.join(flow.PREDICTIONS)}",
-    )
+    _check_objective(c)
     _expect(c, "dit.optimizer", lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
     _expect(c, "vqvae.optimizer", lambda v: v == "adamw", "adamw: it has no stacked blocks")
     _expect(
@@ -187,6 +181,23 @@ def _check_devices(c: ConfigDict, devices: Sequence) -> None:
             lambda v, pieces=pieces: v % pieces == 0,
             f"a multiple of {pieces}: {n_data} data devices x {part}.accumulate",
         )
+
+
+def _check_objective(c: ConfigDict) -> None:
+    from opensora_jax.diffusion import ddpm, flow
+    from opensora_jax.diffusion.objectives import OBJECTIVES
+
+    names, predictions = ", ".join(OBJECTIVES), ", ".join(flow.PREDICTIONS)
+    _expect(c, "dit.objective", lambda v: v in OBJECTIVES, f"one of {names}")
+    _expect(c, "dit.prediction", lambda v: v in flow.PREDICTIONS, f"one of {predictions}")
+    since = f"since dit.objective is {c.dit.objective}"
+    if c.dit.objective == "ddpm":
+        _expect(c, "dit.prediction", lambda v: v == "velocity", f"velocity, {since}")
+        _expect(c, "dit.time_shift", lambda v: v == 1, f"1, {since}")
+        n = ddpm.N_STEPS
+        _expect(c, "sample.steps", lambda v: v <= n, f"at most {n}, {since}")
+    else:
+        _expect(c, "sample.ancestral", lambda v: not v, f"False, {since}")
 
 
 def _check_video(c: ConfigDict) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from opensora_jax import encoders, files, rngs
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.data import pipeline, video_io
+from opensora_jax.diffusion.objectives import OBJECTIVES
 from opensora_jax.stages import common
 from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.train import checkpoint
@@ -49,8 +50,7 @@ class Generator:
                 common.dit_maker(description["dit"], dtype="auto"),
                 latents,
                 caption_dropout=0.0,
-                time_shift=description["time_shift"],
-                prediction=description["prediction"],
+                objective=OBJECTIVES[description["objective"]](description),
             )
         return cls(task, description)
 
@@ -98,6 +98,7 @@ class Generator:
         steps: int,
         guidance: float,
         seed: int,
+        ancestral: bool = False,
         grid: tuple[int, int, int] | None = None,
         batch_size: int = 16,
     ) -> np.ndarray:
@@ -105,6 +106,12 @@ class Generator:
 
         The noise of a video depends on `seed` and its place in the list only. All batches have one
         size, the last filled up, so that one compilation serves all.
+
+        Args:
+          ancestral: draw noise in every step, too; of models with the objective ddpm.
+
+        Raises:
+          ValueError: a number of steps, or ancestral sampling, that the model's objective lacks.
         """
         grid = grid or self._grid
         features = self._text_encoder.encode(prompts)
@@ -114,14 +121,14 @@ class Generator:
         batch_size = min(batch_size, n)
         shape = (*grid, self.task.latents.channels)
         noises = jax.vmap(lambda i: jax.random.normal(rngs.key(seed, "sample", i), shape))
+        keys = jax.vmap(lambda i: rngs.key(seed, "ancestral", i))
         videos = []
         for start in range(0, n, batch_size):
             index = np.minimum(np.arange(start, start + batch_size), n - 1)
-            noise = noises(index)
+            noise, keys_B = noises(index), keys(index) if ancestral else None
+            inputs = (text[index], lengths[index], noise, keys_B)
             with mesh_lib.context_of(params):
-                codes = self._sample(
-                    params, text[index], lengths[index], noise, steps=steps, guidance=guidance
-                )
+                codes = self._sample(params, *inputs, steps=steps, guidance=guidance)
             # By way of the host: the DiT's weights may be on many devices, the VQ-VAE is on one.
             codes = jax.device_get(codes)
             videos.append(encoders.decode(self._vqvae, codes)[: n - start])

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         params=generator.restore(folder, best=args.best),
         steps=args.steps,
         guidance=args.guidance,
+        ancestral=args.ancestral,
         seed=args.seed,
         grid=grid,
         batch_size=args.batch_size,
@@ -66,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts_file", help="a text file with one prompt a line")
     add("--output", default="out.mp4", help=".mp4 or .gif; several prompts are numbered")
     add("--best", action="store_true", help="weights of the lowest validation loss, not the last")
-    add("--steps", type=_positive(int), default=30, help="Euler steps")
+    add("--steps", type=_positive(int), default=30, help="steps from noise to video")
     add("--guidance", type=_positive(float), default=4.0, help="guidance scale; 1 is off")
+    add("--ancestral", action="store_true", help="draw noise in each step; of ddpm models only")
     add("--seed", type=int, default=1, help="of the noise; the same seed gives the same bytes")
     add("--frames", type=_positive(int), help="frames of a video [as in training]")
     add("--height", type=_positive(int), help="pixels [as in training]")

@@ -78,7 +78,9 @@ def test_no_number_may_be_negative(name):
         ("dit.size", "", "a positive number, since dit.size is empty"),
         ("dit.text_mode", "concat", "one of cross_attention, in_context"),
         ("dit.init_from", "nothing_here.pt", "a file that is there, or empty"),
+        ("dit.objective", "edm", "one of flow, ddpm"),
         ("dit.prediction", "noise", "one of velocity, data"),
+        ("sample.ancestral", True, r"False, since dit\.objective is flow"),
         ("dit.remat", "some", "one of none, dots, offload, full"),
         ("dit.attention", "flash", "one of auto, xla, cudnn, splash"),
         ("dit.attention", "cudnn", "one of auto, xla on a cpu"),
@@ -96,6 +98,24 @@ def test_bad_values_are_named(name, value, expected):
     with pytest.raises(ValueError, match=rf"^config\.{field}=.*: expected .*{expected}") as caught:
         check.config(c)
     assert field != name or repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("dit.prediction", "data", "velocity"),
+        ("dit.time_shift", 2.0, "1"),
+        ("sample.steps", 1001, "at most 1000"),
+    ],
+)
+def test_what_ddpm_does_not_have_is_named(name, value, expected):
+    c = load("default")
+    c.update_from_flattened_dict({"dit.objective": "ddpm", "sample.ancestral": True})
+    check.config(c)
+    c.update_from_flattened_dict({name: value})
+    message = rf"^config\.{name}={value!r}: expected {expected}, since dit\.objective is ddpm$"
+    with pytest.raises(ValueError, match=message):
+        check.config(c)
 
 
 def test_sizes_of_a_model_fit_each_other():

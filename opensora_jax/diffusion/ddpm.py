@@ -68,20 +68,14 @@ def linear_schedule(steps: np.ndarray | None = None) -> Schedule:
 
 
 def even_steps(n: int) -> np.ndarray:
-    """n of the 1000 steps, from the first to the last; DiT's for ancestral sampling."""
-    return np.round(np.linspace(0, N_STEPS - 1, n)).astype(np.int32)
-
-
-def strided_steps(n: int) -> np.ndarray:
-    """n of the 1000 steps, from the first on at one distance; DiT's for DDIM.
+    """n of the 1000 steps, ascending, from the first to the last, as in DiT; one: the last.
 
     Raises:
-      ValueError: where no distance gives n steps.
+      ValueError: more steps than there are.
     """
-    steps = np.arange(0, N_STEPS, math.ceil(N_STEPS / n), dtype=np.int32)
-    if len(steps) != n:
-        raise ValueError(f"{n} steps: no distance gives as many, of {N_STEPS}; {len(steps)} do")
-    return steps
+    if n > N_STEPS:
+        raise ValueError(f"{n} steps: expected at most {N_STEPS}")
+    return np.round(np.linspace(N_STEPS - 1, 0, n)).astype(np.int32)[::-1]
 
 
 def _at(schedule: Schedule, t_B: jax.Array, x: jax.Array) -> Schedule:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from opensora_jax import files, hardware
 from opensora_jax import mesh as mesh_lib
+from opensora_jax.diffusion.objectives import OBJECTIVES
 from opensora_jax.models import dit, flops
 from opensora_jax.models.dit import DiT
 from opensora_jax.models.vqvae import VQVAE
@@ -50,7 +51,9 @@ def vqvae_maker(c: ConfigDict) -> Callable[[nnx.Rngs], VQVAE]:
     return make
 
 
-def dit_arguments(c: ConfigDict, *, channels: int, text_width: int) -> dict[str, Any]:
+def dit_arguments(
+    c: ConfigDict, *, channels: int, out_channels: int, text_width: int
+) -> dict[str, Any]:
     """The arguments of the DiT that `config.dit` describes, for JSON."""
     depth, width, heads = dit.SIZES[c.size] if c.size else (c.depth, c.width, c.heads)
     return {
@@ -58,7 +61,7 @@ def dit_arguments(c: ConfigDict, *, channels: int, text_width: int) -> dict[str,
         "width": width,
         "heads": heads,
         "channels": channels,
-        "out_channels": channels,
+        "out_channels": out_channels,
         "patch": c.patch,
         "text_width": text_width,
         "text_mode": c.text_mode,
@@ -148,13 +151,18 @@ def dit_training(
         raise ValueError(
             f"dit.patch={c.patch}: expected a divisor of the latents' {grid[1]}x{grid[2]}"
         )
-    arguments = dit_arguments(c, channels=latents.channels, text_width=text_width)
+    objective = OBJECTIVES[c.objective](c)
+    arguments = dit_arguments(
+        c,
+        channels=latents.channels,
+        out_channels=objective.outputs * latents.channels,
+        text_width=text_width,
+    )
     task = DiTTask(
         dit_maker(arguments, dtype=c.dtype, attention=c.attention, remat=c.remat, unroll=c.unroll),
         latents,
         caption_dropout=c.caption_dropout,
-        time_shift=c.time_shift,
-        prediction=c.prediction,
+        objective=objective,
     )
     tx, schedule = optimizer(c)
     tokens = c.batch_size * math.prod(grid) // c.patch**2

@@ -68,8 +68,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             "dit": training.dit,
             "latent_grid": list(grid),
             "text_length": text_length,
-            "time_shift": c.time_shift,
-            "prediction": c.prediction,
+            **{k: c[k] for k in ("objective", "time_shift", "prediction")},
             "latent_table": latents.table.tolist(),
             **{k: data.metadata[k] for k in ("vqvae", "text_model", "fps", "downsample")},
         },
@@ -184,6 +183,7 @@ class SampleVideos:
             params=state.ema,
             steps=self._config.steps,
             guidance=self._config.guidance,
+            ancestral=self._config.ancestral,
             seed=self._seed,
         )
         self._generator.write(folder, self._prompts, videos)

@@ -39,6 +39,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         params=generator.restore(workdir / "dit"),
         steps=config.sample.steps,
         guidance=config.sample.guidance,
+        ancestral=config.sample.ancestral,
         seed=config.seed + 1,
         batch_size=config.fidelity.batch_size,
     )

@@ -1,4 +1,4 @@
-"""Training of the DiT on code embeddings with rectified flow."""
+"""Training of the DiT on code embeddings, and sampling, with either objective."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from opensora_jax import mesh as mesh_lib
-from opensora_jax.diffusion import flow, samplers
+from opensora_jax.diffusion import samplers
+from opensora_jax.diffusion.objectives import Network, Objective
 from opensora_jax.models.codebook import nearest_codes
 from opensora_jax.models.dit import DiT
 
 PyTree = Any
 
-# Times run in [0, 1]; the network's embedding of time was made for DiT's 1000 steps.
-TIME_SCALE = 1000.0
-
-# Where validation measures the loss: flow losses look flat over training when times are mixed.
+# Where validation measures the loss: losses look flat over training when levels are mixed.
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -64,8 +62,7 @@ class DiTTask:
 
     Args:
       caption_dropout: share of examples that see the null text, for classifier-free guidance.
-      time_shift: of the times of training and of sampling, see `flow.shift_times`.
-      prediction: what the network's output is, one of `flow.PREDICTIONS`.
+      objective: what the model's output is for; it gives `objective.outputs` times the channels.
     """
 
     def __init__(
@@ -74,12 +71,10 @@ class DiTTask:
         latents: Latents,
         *,
         caption_dropout: float,
-        time_shift: float,
-        prediction: str,
+        objective: Objective,
     ):
         self._make_model, self.latents = make_model, latents
-        self._caption_dropout, self._time_shift = caption_dropout, time_shift
-        self._prediction = prediction
+        self._caption_dropout, self._objective = caption_dropout, objective
         model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
         self._graphdef, self._params, _ = nnx.split(model, nnx.Param, ...)
 
@@ -102,38 +97,36 @@ class DiTTask:
         key: jax.Array,
         step: jax.Array,
     ) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
-        time_key, noise_key, drop_key = jax.random.split(key, 3)
+        level_key, noise_key, drop_key = jax.random.split(key, 3)
         b = batch["codes"].shape[0]
         drop_B = jax.random.uniform(drop_key, (b,)) < self._caption_dropout
-        t_B = flow.sample_times(time_key, b, self._time_shift)
-        return self._flow_loss(params, batch, t_B, noise_key, drop_B), (extra, {})
+        level_B = self._objective.sample_levels(level_key, b)
+        return self._loss(params, batch, level_B, noise_key, drop_B), (extra, {})
 
     def eval_step(
         self, params: PyTree, batch: dict[str, jax.Array], key: jax.Array
     ) -> dict[str, jax.Array]:
-        """The loss at each of `NOISE_LEVELS`, and their mean."""
+        """The loss that is trained on (with ddpm, error plus bound) at each of `NOISE_LEVELS`.
+
+        And their mean.
+        """
         b = batch["codes"].shape[0]
         losses = {
-            f"validation_loss/t={t}": self._flow_loss(params, batch, jnp.full((b,), t), key, None)
+            f"validation_loss/t={t}": self._loss(params, batch, jnp.full((b,), t), key, None)
             for t in NOISE_LEVELS
         }
         return {**losses, "validation_loss": sum(losses.values()) / len(losses)}
 
-    def _flow_loss(self, params, batch, t_B, noise_key, drop_B):
+    def _loss(self, params, batch, level_B, noise_key, drop_B):
         x_0 = self.latents.from_codes(batch["codes"])
         noise = jax.random.normal(noise_key, x_0.shape)
-        velocity = self._velocity(params, batch["text"], batch["text_length"], drop_B)
-        return jnp.mean(flow.loss(velocity, x_0, noise, t_B))
+        network = self._network(params, batch["text"], batch["text_length"], drop_B)
+        return jnp.mean(self._objective.loss(network, x_0, noise, level_B))
 
-    def _velocity(self, params, text, text_length, drop_B):
-        """The velocity field (x, t) -> velocity for these texts."""
+    def _network(self, params, text, text_length, drop_B) -> Network:
+        """The model for these texts."""
         model = self.model(params)
-
-        def velocity(x, t_B):
-            output = model(x, t_B * TIME_SCALE, text, text_length, drop_B)
-            return flow.to_velocity(output, x, t_B, self._prediction)
-
-        return velocity
+        return lambda x, time_B: model(x, time_B, text, text_length, drop_B)
 
     def sample(
         self,
@@ -141,15 +134,25 @@ class DiTTask:
         text: jax.Array,
         text_length: jax.Array,
         noise: jax.Array,
+        keys_B: jax.Array | None = None,
         *,
         steps: int,
         guidance: float,
     ) -> jax.Array:
-        """Codes (B, T, H, W) int32 for text (B, S, D) from noise (B, T, H, W, channels)."""
+        """Codes (B, T, H, W) int32 for text (B, S, D) from noise (B, T, H, W, channels).
+
+        Args:
+          keys_B: for ancestral sampling, which draws noise for each example by its key.
+        """
         conditional, unconditional = (
-            self._velocity(params, text, text_length, jnp.full(text_length.shape, drop))
+            self._network(params, text, text_length, jnp.full(text_length.shape, drop))
             for drop in (False, True)
         )
         guided = samplers.classifier_free_guidance(conditional, unconditional, guidance)
-        times = flow.shift_times(jnp.linspace(1.0, 0.0, steps + 1), self._time_shift)
-        return self.latents.to_codes(samplers.euler(guided, noise, times))
+
+        def draw(step):
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+            return jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:]))(keys)
+
+        x_0 = self._objective.sample(guided, noise, steps, None if keys_B is None else draw)
+        return self.latents.to_codes(x_0)

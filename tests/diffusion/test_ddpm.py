@@ -33,9 +33,10 @@ def test_schedule(golden):
 
 def test_the_steps_of_samplers(golden):
     np.testing.assert_array_equal(ddpm.even_steps(25), golden["timesteps25"])
-    np.testing.assert_array_equal(ddpm.strided_steps(25), golden["timesteps_ddim25"])
-    with pytest.raises(ValueError, match="300 steps: no distance gives as many"):
-        ddpm.strided_steps(300)
+    np.testing.assert_array_equal(ddpm.even_steps(1000), np.arange(1000))
+    np.testing.assert_array_equal(ddpm.even_steps(1), [999])
+    with pytest.raises(ValueError, match="1001 steps: expected at most 1000"):
+        ddpm.even_steps(1001)
     some = ddpm.linear_schedule(ddpm.even_steps(25))
     everything = ddpm.linear_schedule()
     for name in ("signal", "noise"):

@@ -70,6 +70,18 @@ def test_guidance_goes_past_the_conditional():
         np.testing.assert_allclose(guided(x, t), expected, rtol=1e-6)
 
 
+def test_learned_variances_are_not_guided():
+    def conditional(x, t_B):
+        return jnp.concatenate([3 * x, 5 * x], axis=-1)
+
+    def unconditional(x, t_B):
+        return jnp.concatenate([x, 7 * x], axis=-1)
+
+    x = jnp.array([[1.0, 2.0]])
+    guided = samplers.classifier_free_guidance(conditional, unconditional, 4.0)
+    np.testing.assert_allclose(guided(x, jnp.ones(1)), [[9, 18, 5, 10]])
+
+
 def test_scale_one_does_not_call_the_unconditional():
     def never(x, t_B):
         pytest.fail("called")

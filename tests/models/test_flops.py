@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from opensora_jax.diffusion.objectives import RectifiedFlow
 from opensora_jax.models import flops
 from opensora_jax.models.dit import TEXT_MODES, DiT
 from opensora_jax.tasks.dit import DiTTask, Latents
@@ -32,8 +33,7 @@ def test_flops_are_what_the_compiler_counts(text_mode):
         lambda rngs: DiT(**dit, rngs=rngs),
         Latents.from_table(np.zeros((32, 16), np.float32)),
         caption_dropout=0.1,
-        time_shift=1.0,
-        prediction="velocity",
+        objective=RectifiedFlow(),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, extra = jax.eval_shape(task.init, key)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
+from opensora_jax.diffusion.objectives import RectifiedFlow
 from opensora_jax.models.dit import DiT
 from opensora_jax.models.vqvae import VQVAE
 from opensora_jax.tasks.dit import DiTTask, Latents
@@ -52,8 +53,7 @@ def dit_task(text_mode="cross_attention", width=WIDTH):
         ),
         Latents(codebook, np.ones(16)),
         caption_dropout=0.3,
-        time_shift=1.0,
-        prediction="velocity",
+        objective=RectifiedFlow(),
     )
 
 
