@@ -1,13 +1,18 @@
 """Writing files so that none is ever seen half-written, and errors that name the file."""
 
 import contextlib
+import hashlib
 import json
+import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from etils import epath
+
+logger = logging.getLogger(__name__)
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
@@ -57,6 +62,44 @@ def local(path: epath.PathLike) -> Iterator[Path]:
         written = Path(folder) / path.name
         yield written
         path.write_bytes(written.read_bytes())
+
+
+def walk(folder: epath.PathLike) -> Iterator[epath.Path]:
+    """The files in a folder and in those below it, sorted."""
+    for path in sorted(epath.Path(folder).iterdir()):
+        if path.is_dir():
+            yield from walk(path)
+        else:
+            yield path
+
+
+def cache() -> Path:
+    """Where this machine keeps what it can get again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opensora_jax"
+
+
+def fetch(folder: epath.PathLike, key: str) -> Path:
+    """A folder of this machine's with the files of `folder`: an object store's are copied, once.
+
+    Args:
+      key: the file by which versions of the folder are told apart.
+    """
+    folder = epath.Path(folder)
+    if not is_remote(folder):
+        return Path(folder)
+    version = hashlib.sha256(f"{folder}\n".encode() + (folder / key).read_bytes()).hexdigest()
+    copy = cache() / "fetched" / version[:16]
+    for path in walk(folder):
+        target = copy / path.relative_to(folder)
+        if target.exists():
+            continue
+        logger.info("copying %s to %s", path, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Other processes of this machine may be at the same file.
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        path.copy(temporary, overwrite=True)
+        temporary.replace(target)
+    return copy
 
 
 @contextlib.contextmanager

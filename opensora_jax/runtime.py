@@ -5,10 +5,11 @@ import logging
 import os
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import jax
 from absl import logging as absl_logging
+
+from opensora_jax import files
 
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
@@ -22,8 +23,7 @@ def start() -> None:
     level = logging.INFO if jax.process_index() == 0 else logging.ERROR
     logging.getLogger("opensora_jax").setLevel(level)
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR names another
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "opensora_jax" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(files.cache() / "compiled"))
 
 
 def _join_processes() -> None:

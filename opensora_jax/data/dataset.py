@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from opensora_jax import files
 from opensora_jax.data import arrow
-from opensora_jax.files import write_json
 
 CODES, TEXT = "video_latent_states", "text_latent_states"
 
@@ -105,7 +105,7 @@ def write_part(
         datasets.disable_progress_bars()  # one bar per part would tear up the caller's own
         datasets.Dataset(table).save_to_disk(temporary)
         os.replace(temporary, part)
-    write_json(_record(folder, index), record)
+    files.write_json(_record(folder, index), record)
 
 
 def read_records(folder: str | os.PathLike) -> list[dict]:
@@ -118,7 +118,7 @@ def read_records(folder: str | os.PathLike) -> list[dict]:
 
 def write_metadata(folder: str | os.PathLike, metadata: dict) -> None:
     """Writes metadata.json; until it holds `"complete": true` the dataset cannot be opened."""
-    write_json(Path(folder) / "metadata.json", metadata)
+    files.write_json(Path(folder) / "metadata.json", metadata)
 
 
 def read_metadata(folder: str | os.PathLike) -> dict:
@@ -265,11 +265,13 @@ class LatentDataset:
 def open_dataset(folder: str | os.PathLike) -> LatentDataset:
     """Opens a dataset and checks it: metadata, codebook, and the shapes of all rows.
 
+    One in an object store (gs://...) is copied to this machine first.
+
     Raises:
       DatasetError: not finished, a file, key or column is missing, or something does not fit:
         codes outside the codebook, text features of another width, ragged rows, ...
     """
-    folder = Path(folder)
+    folder = files.fetch(folder, "metadata.json")
     path = folder / "metadata.json"
     metadata = read_metadata(folder)
     # A plain folder of others is whole when it can be read; ours grows by parts.

@@ -42,8 +42,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     c = config.dit
     folder = epath.Path(workdir) / "dit"
-    data_folder = Path(config.data.dataset or Path(workdir) / "dataset")
-    data = dataset.open_dataset(data_folder)
+    data = dataset.open_dataset(config.data.dataset or epath.Path(workdir) / "dataset")
     n_frames = c.n_latent_frames or int(data.latent_shapes[:, 0].min())
     text_length = c.text_length or int(data.text_lengths.max())
     rows, validation_rows = _usable_rows(data, n_frames, c.validation_share)

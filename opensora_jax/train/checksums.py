@@ -5,7 +5,7 @@ Orbax alone finds missing and cut-off files, but reads numbers whose bits have c
 
 import json
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
@@ -20,7 +20,9 @@ _THREADS = 8
 
 def write(folder: epath.Path) -> None:
     """Writes `folder`/checksums.json: size in bytes and CRC-32 of each file in its subfolders."""
-    paths = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    # At the top Orbax goes on writing.
+    paths = (path for path in files.walk(folder) if path.parent != folder)
+    paths = {path.relative_to(folder).as_posix(): path for path in paths}
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = list(pool.map(_size_and_crc, paths.values()))
     files.write_json(folder / NAME, dict(zip(paths, sums, strict=True)))
@@ -62,11 +64,3 @@ def _size_and_crc(path: epath.Path) -> tuple[int, int]:
         while chunk := f.read(_CHUNK):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return size, crc
-
-
-def _files(folder: epath.Path, depth: int = 0) -> Iterator[epath.Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from _files(path, depth + 1)
-        elif depth:  # at the top Orbax goes on writing
-            yield path
