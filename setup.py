@@ -35,7 +35,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths
         "cuda": ["jax[cuda13]"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
     },

@@ -136,9 +136,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     config = cli.CONFIG.value
-    runtime.start()
-    jax.config.update("jax_enable_compilation_cache", False)  # how long it takes is measured
     try:
+        runtime.start()
+        jax.config.update("jax_enable_compilation_cache", False)  # how long it takes is measured
         check.config(config)
         measured = Bench(config).measure(_STEPS.value)
         if jax.process_index() == 0:

@@ -31,11 +31,11 @@ def main(argv: list[str]) -> None:
     config = cli.CONFIG.value
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = files.absolute(_WORKDIR.value or Path("runs") / name)
-    runtime.start()
     try:
+        runtime.start()
         check.config(config)
         run(config, workdir)
-    except cli.USER_ERRORS as error:
+    except (*cli.USER_ERRORS, ImportError) as error:  # object stores need packages of their own
         logger.debug("stopped", exc_info=True)
         sys.exit(f"error: {error}")
 
