@@ -1,7 +1,7 @@
 """Says whether a configuration's training fits a TPU slice, and what bounds its speed.
 
-python -m opensora_jax.plan --config=configs/dit_7b_v5p512.py --topology=v5p:4x8x8
-python -m opensora_jax.plan --config=configs/dit_7b_v5p512.py --topology=v5p:4x8x8 --sweep
+python -m opensora_jax.plan --config=configs/dit_7b.py --topology=v5p:4x8x8
+python -m opensora_jax.plan --config=configs/dit_7b.py --topology=v5p:4x8x8 --sweep
 
 Compiles the real train step, sharded as configured, for the slice; no TPU is needed, only its
 compiler (pip install -e '.[tpu]').
