@@ -20,6 +20,9 @@ from av.video.reformatter import Interpolation, VideoReformatter
 _LONGEST_GAP_SECONDS = 60
 # Matroska and others round times to 1/1000 s: the end is not known better than this.
 _TIME_ERROR_SECONDS = 0.002
+# Titles and tags in unknown encodings are nothing to fail for; PyAV 19 never does, and has no
+# such option.
+_OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class VideoError(Exception):
@@ -186,8 +189,7 @@ def _opened(path):
     if not path.is_file():  # checked first: libav also opens addresses, devices and pipes
         raise VideoError(f"{path}: no such file")
     try:
-        # Titles and tags in unknown encodings are nothing to fail for.
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(str(path), **_OPEN_OPTIONS) as container:
             stream = _video_stream(path, container)
             stream.codec_context.thread_count = 1  # callers run many files at once
             yield container, stream

@@ -288,6 +288,20 @@ def test_random_damage_is_read_or_named(tmp_path):
     assert all(str(tmp_path / "damaged") in reason for reason in reasons)
 
 
+def test_a_title_in_an_unknown_encoding(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        container.metadata["title"] = "title-title-title"
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width = 48, 64
+        for image in gradient_video():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert b"title-title" in data
+    (tmp_path / "a.mp4").write_bytes(data.replace(b"title-title", b"\xfftle-\xfe\xe9tle"))
+    assert len(read_video(tmp_path / "a.mp4")) == probe(tmp_path / "a.mp4").n_frames == 8
+
+
 def test_not_a_video(tmp_path):
     (tmp_path / "text.mp4").write_text("a caption, not a video\n" * 100)
     (tmp_path / "text.txt").write_text("libav would play this as terminal art\n" * 100)
