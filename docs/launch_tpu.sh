@@ -45,9 +45,17 @@ create() {
     --accelerator-type "$type" --runtime-version "$version" "$@"
 }
 
-state() {
-  gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
-    --format 'value(state.state)' 2>/dev/null || echo NONE
+state() { # NONE where there is no such TPU, UNKNOWN where gcloud cannot say now
+  local describe error
+  describe=(gcloud compute tpus queued-resources describe "$name" "${where[@]}"
+    --format 'value(state.state)')
+  if ! "${describe[@]}" 2>/dev/null; then
+    error=$("${describe[@]}" 2>&1 >/dev/null || true)
+    case $error in
+      *NOT_FOUND*) echo NONE ;;
+      *) echo "$error" >&2 && echo UNKNOWN ;;
+    esac
+  fi
 }
 
 delete() {
@@ -55,11 +63,12 @@ delete() {
 }
 
 install() {
-  local archive
-  archive=$(mktemp --suffix .tar.gz)
-  git -C "$root" archive --format tar.gz --output "$archive" HEAD
-  gcloud compute tpus tpu-vm scp "$archive" "$name:opensora_jax.tar.gz" "${where[@]}" --worker=all
-  rm "$archive"
+  local folder
+  folder=$(mktemp -d)
+  git -C "$root" archive --format tar.gz --output "$folder/opensora_jax.tar.gz" HEAD
+  gcloud compute tpus tpu-vm scp "$folder/opensora_jax.tar.gz" "$name:opensora_jax.tar.gz" \
+    "${where[@]}" --worker=all
+  rm -r "$folder"
   remote 'set -e
     mkdir -p opensora_jax && tar -xzf opensora_jax.tar.gz -C opensora_jax
     command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
@@ -79,8 +88,13 @@ run() {
     echo \$! > ../run.pid"
 }
 
+# Returns when the run has saved its state and let go of the TPU, or was given five minutes to.
 stop() {
-  remote '[ ! -f run.pid ] || kill -TERM -- -$(cat run.pid) 2>/dev/null || true; rm -f run.pid'
+  remote '[ -f run.pid ] || exit 0
+    kill -TERM -- -$(cat run.pid) 2>/dev/null
+    for second in $(seq 300); do kill -0 -- -$(cat run.pid) 2>/dev/null || break; sleep 1; done
+    kill -KILL -- -$(cat run.pid) 2>/dev/null
+    rm -f run.pid'
 }
 
 # Of the run on each worker: done, running, stopped (before its end), not running, or failed.
@@ -96,18 +110,21 @@ progress() {
 keep() {
   local type=$1 now
   shift
+  software "$type" >/dev/null
   while true; do
     case $(state) in
-      NONE) create "$type" --spot ;;
+      NONE) bash "$0" create "$name" "$type" --spot || true ;; # none to be had now, say
       ACTIVE)
         now=$(progress || true)
         case $now in
-          *failed*) echo "$now" && exit 1 ;;
+          *"failed with"*) echo "$now" && exit 1 ;;
           *done*) echo "$now" && return ;;
-          *stopped* | *"not running"*) install && run "$@" ;;
+          # On its own, so that it ends at the first error: the TPU may be taken away meanwhile.
+          *stopped* | *"not running"*)
+            bash "$0" install "$name" && bash "$0" run "$name" "$@" || true ;;
         esac
         ;;
-      FAILED | SUSPENDED) delete ;;
+      FAILED | SUSPENDED) delete || true ;;
     esac
     sleep "${POLL_SECONDS:-60}"
   done

@@ -13,6 +13,9 @@ ROOT = Path(__file__).parents[1]
 GCLOUD = r"""#!/usr/bin/env bash
 set -euo pipefail
 echo "$*" >> "$TPU/calls"
+if [ "$(sed 1q "$TPU/fails" 2>/dev/null)" = "$4" ]; then
+  sed -i 1d "$TPU/fails" && echo "cannot $4 just now" >&2 && exit 1
+fi
 case "$3 $4" in
   "tpu-vm ssh")
     for argument; do
@@ -25,7 +28,8 @@ case "$3 $4" in
     done ;;
   "tpu-vm scp") cp "$5" "$TPU/0/${6#*:}" && cp "$5" "$TPU/1/${6#*:}" ;;
   "queued-resources create") echo ACTIVE > "$TPU/state" ;;
-  "queued-resources describe") cat "$TPU/state" ;;
+  "queued-resources describe")
+    cat "$TPU/state" 2>/dev/null || { echo "NOT_FOUND: $5" >&2 && exit 1; } ;;
   "queued-resources delete") rm "$TPU/state" ;;
 esac
 """
@@ -134,9 +138,21 @@ def test_keep_goes_on_after_a_run_that_was_stopped_before_its_end(tpu):
     assert (tpu / "0/runs").read_text() == (tpu / "1/runs").read_text() == "xx\n"
 
 
+def test_keep_outlives_what_fails_for_a_while(tpu):
+    fails = ["describe", "describe", "create", "scp", "ssh"]
+    (tpu / "fails").write_text("".join(f"{fail}\n" for fail in fails))
+    done = launch(tpu, "keep", "mine", "v6e-16", "--config=c")
+    assert done.returncode == 0, done.stderr
+    assert (tpu / "fails").read_text() == ""
+    assert {f"cannot {fail} just now" for fail in fails} <= set(done.stderr.splitlines())
+    calls = re.findall(r"^compute tpus queued-resources (\w+)", (tpu / "calls").read_text(), re.M)
+    assert [call for call in calls if call != "describe"] == ["create", "create"]
+
+
 def test_what_is_wrong_is_said(tpu):
     done = launch(tpu, "create", "mine", "h100-8")
     assert done.returncode == 2
     assert "h100-8" in done.stderr
+    assert launch(tpu, "keep", "mine", "h100-8", "--config=c").returncode == 2
     assert "ZONE" in launch(tpu, "create", "mine", "v6e-16", ZONE="").stderr
     assert launch(tpu, "fly", "mine").returncode == 2
