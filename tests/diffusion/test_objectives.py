@@ -1,0 +1,72 @@
+"""The two objectives behind one interface: levels, losses, ways of sampling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opensora_jax.diffusion import ddpm, flow
+from opensora_jax.diffusion.objectives import DDPM, RectifiedFlow
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_ddpm_trains_on_error_and_bound_at_a_thousandth_of_a_level():
+    x_0, noise, output = normal(0, 5, 2, 3), normal(1, 5, 2, 3), normal(2, 5, 2, 6)
+    seen = []
+
+    def network(x, time_B):
+        seen.append(time_B)
+        return output
+
+    loss = DDPM().loss(network, x_0, noise, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))
+    assert seen[0].tolist() == [100, 300, 500, 700, 900]
+    steps = jnp.array([100, 300, 500, 700, 900])
+    both = ddpm.loss(ddpm.linear_schedule(), lambda *_: output, x_0, noise, steps)
+    np.testing.assert_allclose(loss, sum(both), rtol=1e-6)
+
+
+def test_ddpm_trains_on_all_steps_alike():
+    levels = DDPM().sample_levels(jax.random.key(0), 100_000)
+    steps = np.asarray(levels * ddpm.N_STEPS)
+    np.testing.assert_allclose(steps, steps.round(), atol=1e-4)
+    counts = np.bincount(steps.round().astype(int), minlength=1000)
+    assert len(counts) == 1000
+    # Of a Poisson distribution with mean 100, to five standard deviations.
+    assert 50 < counts.min() < counts.max() < 150
+
+
+def test_ddpm_samples_what_an_exact_network_knows():
+    # All data is one point, so x_t tells its noise.
+    point = normal(0, 2, 3)
+    schedule = ddpm.linear_schedule()
+
+    def network(x, time_B):
+        t = time_B.astype(jnp.int32)[:, None, None]
+        noise = (x - schedule.signal[t] * point) / schedule.noise[t]
+        return jnp.concatenate([noise, jnp.zeros_like(x)], axis=-1)
+
+    noise = normal(1, 4, 2, 3)
+    draws = jnp.asarray(normal(2, 10, 4, 2, 3))
+    for draw in (None, lambda step: draws[step]):
+        x = DDPM().sample(network, noise, 10, draw)
+        np.testing.assert_allclose(x, np.broadcast_to(point, x.shape), atol=1e-3)
+
+
+def test_flow_shifts_the_levels_of_training_and_of_sampling():
+    key = jax.random.key(0)
+    levels = RectifiedFlow(time_shift=3.0).sample_levels(key, 8)
+    np.testing.assert_array_equal(levels, flow.sample_times(key, 8, 3.0))
+    # With a constant velocity of one, samples see every time; the network sees thousandths.
+    noise = jnp.zeros((1, 2, 3))
+    x = RectifiedFlow(time_shift=3.0).sample(
+        lambda x, time_B: jnp.broadcast_to(time_B[:, None, None] / 1000, x.shape), noise, 2
+    )
+    np.testing.assert_allclose(x, -(0.25 * 1.0 + 0.75 * 0.75), rtol=1e-5)
+
+
+def test_flow_draws_no_noise():
+    with pytest.raises(ValueError, match=r"ancestral sampling: .* objective=ddpm, not flow"):
+        RectifiedFlow().sample(lambda x, _: x, jnp.zeros((1, 2)), 2, draw=lambda step: step)

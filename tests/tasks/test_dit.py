@@ -1,0 +1,109 @@
+"""The DiT's task with DDPM: its loss by hand, and what samples depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opensora_jax.diffusion.objectives import DDPM
+from opensora_jax.models.dit import DiT
+from opensora_jax.tasks.dit import DiTTask, Latents
+
+CHANNELS, GRID, B = 4, (1, 2, 2), 4
+rng = np.random.default_rng(0)
+BATCH = {
+    "codes": rng.integers(16, size=(B, *GRID)).astype(np.int32),
+    "text": rng.normal(size=(B, 3, 6)).astype(np.float32),
+    "text_length": np.array([3, 1, 2, 3], np.int32),
+}
+
+
+@pytest.fixture(scope="module")
+def task():
+    def make(rngs):
+        return DiT(
+            depth=1,
+            width=16,
+            heads=1,
+            channels=CHANNELS,
+            out_channels=2 * CHANNELS,
+            patch=2,
+            text_width=6,
+            text_mode="in_context",
+            rngs=rngs,
+        )
+
+    table = np.random.default_rng(1).normal(size=(16, CHANNELS)).astype(np.float32)
+    return DiTTask(make, Latents.from_table(table), caption_dropout=0.5, objective=DDPM())
+
+
+@pytest.fixture(scope="module")
+def params(task):
+    """Random ones: a new DiT gives zeros."""
+    shapes, _ = jax.eval_shape(task.init, jax.random.key(0))
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+
+
+def test_the_loss_is_error_and_bound_of_what_the_model_gives(task, params):
+    key = jax.random.key(3)
+    level_key, noise_key, drop_key = jax.random.split(key, 3)
+    t = np.asarray(jax.random.randint(level_key, (B,), 0, 1000))
+    noise = np.asarray(jax.random.normal(noise_key, (B, *GRID, CHANNELS)))
+    drop = np.asarray(jax.random.uniform(drop_key, (B,))) < 0.5
+    assert 0 < drop.sum() < B
+    assert t.min() > 0  # the bound of the first step is another one
+    beta = np.linspace(1e-4, 0.02, 1000)
+    alpha_bar = np.cumprod(1 - beta)
+    beta, now, before = (
+        a[:, None, None, None, None] for a in (beta[t], alpha_bar[t], alpha_bar[t - 1])
+    )
+    x_0 = task.latents.table[BATCH["codes"]]
+    x_t = np.sqrt(now) * x_0 + np.sqrt(1 - now) * noise
+
+    @jax.jit
+    def both(params, x_t, time):
+        model = task.model(params)
+        output = model(x_t, time, BATCH["text"], BATCH["text_length"], drop)
+        return task.loss(params, {}, BATCH, key, 0)[0], output
+
+    loss, output = both(params, x_t.astype(np.float32), t.astype(np.float32))
+    epsilon, v = np.split(np.asarray(output, np.float64), 2, axis=-1)
+    assert np.std(epsilon) > 0.1
+    # Nichol & Dhariwal, equations 15 and 4, and the divergence of two normal distributions.
+    posterior = beta * (1 - before) / (1 - now)
+    variance = np.exp((v + 1) / 2 * np.log(beta) + (1 - v) / 2 * np.log(posterior))
+    mean_distance = beta / np.sqrt((1 - beta) * (1 - now)) * (epsilon - noise)
+    divergence = 0.5 * (
+        np.log(variance / posterior) - 1 + posterior / variance + mean_distance**2 / variance
+    )
+    expected = np.mean((epsilon - noise) ** 2) + np.mean(divergence) / np.log(2)
+    np.testing.assert_allclose(loss, expected, rtol=1e-3)
+
+
+def test_ancestral_samples_depend_on_their_own_keys(task, params):
+    noise = jax.random.normal(jax.random.key(4), (B, *GRID, CHANNELS))
+    keys = jax.random.split(jax.random.key(5), B)
+    sample = jax.jit(task.sample, static_argnames=("steps", "guidance"))
+
+    def draw(order, keys):
+        given = (jnp.asarray(a)[order] for a in (BATCH["text"], BATCH["text_length"], noise))
+        return np.asarray(sample(params, *given, keys, steps=20, guidance=2.0))
+
+    same = np.arange(B)
+    codes = draw(same, keys)
+    assert codes.shape == (B, *GRID)
+    np.testing.assert_array_equal(draw(same[::-1], keys[::-1]), codes[::-1])
+    other = draw(same, jax.random.split(jax.random.key(6), B).at[0].set(keys[0]))
+    np.testing.assert_array_equal(other[0], codes[0])
+    assert (other[1:] != codes[1:]).any()
+
+
+def test_without_guidance_the_null_text_is_not_seen(task, params):
+    noise = jax.random.normal(jax.random.key(4), (B, *GRID, CHANNELS))
+    given = (BATCH["text"], BATCH["text_length"], noise)
+    sample = jax.jit(task.sample, static_argnames=("steps", "guidance"))
+    broken = params | {"null_text": np.full_like(params["null_text"], np.nan)}
+    codes = [sample(p, *given, steps=4, guidance=1.0) for p in (params, broken)]
+    np.testing.assert_array_equal(*codes)
+    assert len(np.unique(codes[0])) > 2
