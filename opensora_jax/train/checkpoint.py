@@ -195,7 +195,7 @@ class Checkpoints:
             step, self._writing = self._writing, None
             kept = f"The last whole one is of step {self._kept[-1]}. " if self._kept else ""
             # TensorStore names every file on the way; the cause comes last.
-            reason = str(error).rpartition('": ')[2]
+            reason = str(error).partition(" [tensorstore_spec=")[0].rpartition('": ')[2]
             raise OSError(
                 f"{self._folder}: the checkpoint of step {step} could not be written: {reason}. "
                 f"{kept}Make room, or give write permission, and run again"
