@@ -126,11 +126,13 @@ class Health:
             )
             in_a_row = max(int(step["skipped_in_a_row"]) for _, step in skipped)
             if in_a_row >= self._most_skipped:
+                kept = "There is no checkpoint yet"
+                if last_checkpoint is not None:
+                    kept = f"The last good checkpoint is of step {last_checkpoint}"
                 raise FloatingPointError(
                     f"step {i}: {in_a_row} steps in a row were not finite ({said}), and none of "
-                    f"them changed the model. The last good checkpoint is of step "
-                    f"{last_checkpoint}. Try a lower learning_rate or clip_norm, a longer "
-                    "warmup_steps or dtype=float32, or look for what is wrong with the data"
+                    f"them changed the model. {kept}. Try a lower learning_rate or clip_norm, a "
+                    "longer warmup_steps or dtype=float32, or look for what is wrong with the data"
                 )
         norms = {i: step["grad_norm"] for i, step in numbered if not step["skipped_in_a_row"]}
         if norms and len(self._norms) >= _FEWEST:

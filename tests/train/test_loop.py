@@ -204,6 +204,12 @@ def test_too_many_steps_that_are_not_finite_end_the_training(tmp_path):
     assert np.isfinite(state.params["kernel"]).all()
 
 
+def test_without_a_checkpoint_none_is_named():
+    bad = {"loss": np.nan, "grad_norm": np.nan, "skipped_in_a_row": 1.0, "skipped_steps": 1.0}
+    with pytest.raises(FloatingPointError, match="There is no checkpoint yet"):
+        watch.Health(make_settings(max_skipped_steps=1)).look(1, [bad], None)
+
+
 def test_a_spike_of_the_gradient_is_told_once(caplog):
     health = watch.Health(make_settings())
 
