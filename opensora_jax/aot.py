@@ -154,12 +154,13 @@ class Plan:
         return ", ".join(n for n, v in zip(self.mesh.axis_names, varies, strict=True) if v)
 
     def purpose(self, collective: Collective) -> str:
-        """What is sent, by its shape: that of weights, of one block or of all, or another."""
-        if all(shape.bytes <= 1024 for shape in collective.shapes):
+        """What is sent, by the largest shape: that of weights (of a block, of all) or not."""
+        if collective.largest.bytes <= 1024:
             return "scalars"
-        if any(_sizes(shape.dims) not in self.weight_sizes for shape in collective.shapes):
+        if _sizes(collective.largest.dims) not in self.weight_sizes:
             return "activations"
-        return "gradients" if "reduce" in collective.kind else "weights"
+        is_sum = "reduce" in collective.kind and not collective.gathers
+        return "gradients" if is_sum else "weights"
 
 
 def make(config: ConfigDict, where: Slice) -> Plan:
@@ -227,7 +228,7 @@ def _read(compiled: jax.stages.Compiled, facts: dict) -> dict:
     return {
         "other_bytes": kept - sum(facts["state_bytes"].values()),
         "temporary_bytes": memory.temp_size_in_bytes,
-        "flops": compiled.cost_analysis()["flops"] * loops,
+        "flops": compiled.cost_analysis()["flops"] * loops + program.attention_flops(),
         "hbm_bytes": program.hbm_bytes(),
         "collectives": tuple(program.collectives()),
         "unknown_loops": len(program.unknown_loops),

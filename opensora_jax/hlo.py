@@ -74,11 +74,15 @@ class Collective:
     shapes: tuple[Shape, ...]  # whole: after gathering, before reducing
     groups: np.ndarray  # (n_groups, size): devices, by their place in the mesh, that take part
     count: int
-    op_name: str  # what it is for
+    gathers: bool  # though an all-reduce: each device has a part, and zeros around it
 
     @property
     def bytes(self) -> int:
         return sum(shape.bytes for shape in self.shapes)
+
+    @property
+    def largest(self) -> Shape:
+        return max(self.shapes, key=lambda shape: shape.bytes)
 
 
 class Program:
@@ -151,10 +155,30 @@ class Program:
                         shapes=shapes,
                         groups=_groups(instruction.text, self._n_devices),
                         count=count,
-                        op_name=instruction.attribute("op_name") or "",
+                        gathers=all(
+                            self._is_placed(computation[x], computation)
+                            for x in instruction.operands
+                        ),
                     )
                 )
         return found
+
+    def _is_placed(self, value: Instruction, computation: Computation) -> bool:
+        """Whether a value is a part written into something larger."""
+        while value.opcode in ("bitcast", "copy", "copy-done", "copy-start"):
+            value = computation[value.operands[0]]
+        if value.opcode == "fusion":
+            inner = self._computations[value.called[0]]
+            return self._is_placed(next(i for i in inner.values() if i.is_root), inner)
+        return value.opcode == "dynamic-update-slice"
+
+    def attention_flops(self) -> float:
+        """FLOPs of a device's splash attention kernels, which the compiler does not count."""
+        return sum(
+            count * _attention_flops(instruction, computation)
+            for _, computation, count in self._running()
+            for instruction in computation.values()
+        )
 
     def matmul_flops(self, *, loops: bool = True) -> float:
         """FLOPs of a device's matrix products and convolutions; without `loops` a body once."""
@@ -165,7 +189,10 @@ class Program:
         )
 
     def hbm_bytes(self) -> float:
-        """Bytes that a device's instructions read from and write to its memory, loops included."""
+        """Bytes that a device's instructions read from and write to its memory, loops included.
+
+        Kernels count as if they read each operand once.
+        """
         return sum(
             count * self._bytes(instruction, computation)
             for name, computation, count in self._running()
@@ -256,6 +283,19 @@ def _matmul_flops(instruction: Instruction, computation: Computation) -> float:
     return flops
 
 
+# Products of an (N, S) matrix by (., K) ones, of the pass forward and of the two backward.
+_ATTENTION_PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
+
+
+def _attention_flops(instruction: Instruction, computation: Computation) -> float:
+    found = re.match(r"splash_mha_(fwd|dkv|dq)_", instruction.name)
+    if not found or instruction.opcode != "custom-call":
+        return 0.0
+    # Queries and keys, (B, H, N, K) and (B, H, S, K), come after two tables of blocks.
+    query, key = (computation[name].shapes[0].dims for name in instruction.operands[2:4])
+    return 2.0 * math.prod(query) * key[-2] * _ATTENTION_PRODUCTS[found[1]]
+
+
 def _valid_positions(n_in: int, n_out: int, window: dict[str, str]) -> int:
     """Pairs of output and kernel positions along an axis that meet an input, not padding."""
     dilation = int(window.get("lhs_dilate", 1))
@@ -278,7 +318,7 @@ def _groups(text: str, n_devices: int) -> np.ndarray:
         chosen = re.findall(r"'(\w+)'", found[3])
         if ":" in found[3]:
             raise ValueError(f"replica_groups={found[3]}: expected whole axes")
-        devices = _iota(found[2]) if "<=" in found[2] else np.arange(n_devices)
+        devices = _iota(found[2]) if "[" in found[2] else np.arange(n_devices)
         devices = devices.reshape([int(n) for n in axes.values()])
         order = [name for name in axes if name not in chosen] + chosen
         size = math.prod(int(axes[name]) for name in chosen)
@@ -287,8 +327,8 @@ def _groups(text: str, n_devices: int) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """Devices in the order that "<=[2,4]T(1,0)" says."""
-    found = re.search(r"<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    """Devices in the order that "<=[2,4]T(1,0)" or "device_ids=([2,4]T(1,0))" says."""
+    found = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     dims = [int(n) for n in found[1].split(",")]
     devices = np.arange(math.prod(dims)).reshape(dims)
     if found[2]:

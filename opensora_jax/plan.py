@@ -61,7 +61,7 @@ def report(plan: aot.Plan) -> str:
     ]
     rows = collections.defaultdict(lambda: np.zeros(3))
     for c in plan.collectives:
-        row = c.kind, f"{plan.purpose(c)}, {c.shapes[0].dtype}", plan.mesh_axes(c)
+        row = c.kind, f"{plan.purpose(c)}, {c.largest.dtype}", plan.mesh_axes(c)
         rows[row] += c.count * np.array([1, c.bytes / 1e9, 1e3 * plan.link_seconds(c)])
     for row, (count, size, ms) in sorted(rows.items(), key=lambda item: -item[1][2]):
         lines.append(f"| {' | '.join(row)} | {count:.0f} | {size:.3f} | {ms:.2f} |")

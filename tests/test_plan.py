@@ -61,8 +61,8 @@ def planned(kind, shape, axes, **fields):
     return aot.Plan(**facts | fields)
 
 
-def collective(kind, dims, groups, count=1):
-    return Collective(kind, (Shape("bf16", dims, True),), np.array(groups), count, "")
+def collective(kind, dims, groups, count=1, gathers=False):
+    return Collective(kind, (Shape("bf16", dims, True),), np.array(groups), count, gathers)
 
 
 ALL, ROWS = [list(range(16))], [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
@@ -93,6 +93,8 @@ def test_what_is_sent_and_where():
     assert found.mesh_axes(collective("all-gather", (8,), ROWS)) == "tensor"
     assert found.purpose(collective("all-gather", (1, 256, 64), ROWS)) == "weights"
     assert found.purpose(collective("reduce-scatter", (64, 256), ROWS)) == "gradients"
+    assert found.purpose(collective("all-reduce", (64, 256), ROWS)) == "gradients"
+    assert found.purpose(collective("all-reduce", (64, 256), ROWS, gathers=True)) == "weights"
     assert found.purpose(collective("all-reduce", (8, 64, 256), ROWS)) == "activations"
     assert found.purpose(collective("all-reduce", (), ROWS)) == "scalars"
 
