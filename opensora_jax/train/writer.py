@@ -2,11 +2,15 @@
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import directory_check
 
 from opensora_jax import files
 
@@ -30,7 +34,7 @@ class MetricsWriter:
         lines = [m for m in read_metrics(self._path) if m["step"] <= step]
         files.write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         self._known = {(line["step"], name) for line in lines for name in line}
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._tensorboard = _TensorBoard(folder / "tensorboard", step)
 
     def has(self, step: int, name: str) -> bool:
         """Whether a run before this one wrote metric `name` at `step`; process 0 knows."""
@@ -40,16 +44,45 @@ class MetricsWriter:
         if not self._is_writer:
             return
         files.append_text(self._path, json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.write(step, metrics)
 
     def close(self) -> None:
-        if not self._is_writer:
-            return
-        try:
+        if self._is_writer:
             self._tensorboard.close()
-        except OSError as error:  # no reason to stop, and not to hide one there may be
-            logger.warning("%s: TensorBoard's logs are not complete: %s", self._path.parent, error)
+
+
+class _TensorBoard:
+    """A file of TensorBoard's events, written at once: SummaryWriter's thread, once it could not
+    write, would let the training wait for it for ever.
+
+    What cannot be written is told and left out: metrics.jsonl has it, too.
+    """
+
+    def __init__(self, folder: epath.Path, step: int):
+        self._folder = folder
+        directory_check(str(folder))
+        self._events = EventsWriter(str(folder / "events"))
+        # What there is of later steps, of a run before this one, is not to be shown.
+        self._write(Event(session_log=SessionLog(status=SessionLog.START), step=step + 1))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._write(Event(summary=Summary(value=values), step=step))
+
+    def _write(self, event: Event) -> None:
+        if self._events is None:
+            return
+        event.wall_time = time.time()
+        try:
+            self._events.write_event(event)
+            self._events.flush()
+        except OSError as error:
+            logger.warning("%s: TensorBoard's logs end here: %s", self._folder, error)
+            self._events = None
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:

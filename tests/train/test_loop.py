@@ -2,6 +2,7 @@
 
 import functools
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from linear import (
 )
 
 from opensora_jax import rngs
-from opensora_jax.train import checkpoint, loop, optim, step, watch
+from opensora_jax.train import checkpoint, loop, optim, step, watch, writer
 from opensora_jax.train import state as state_lib
 
 
@@ -60,6 +61,27 @@ def test_it_learns_and_writes_what_it_measures(tmp_path):
         assert line["mfu"] == pytest.approx(1e-3 / seconds)
     assert data.get_state()["next_index"] == 10  # no more batches are drawn than trained on
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_training_outlives_what_tensorboard_cannot_write(tmp_path, caplog):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = writer.MetricsWriter(tmp_path, 3)
+    log.write(4, {"loss": 1.0})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    size = events.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # as on a full disk
+    try:
+        log.write(5, {"loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for i in range(6, 30):
+        log.write(i, {"loss": 3.0})
+    log.close()
+    assert len(metrics(tmp_path)) == 26
+    assert events.stat().st_size == size
+    told = [r.getMessage() for r in caplog.records]
+    assert len(told) == 1
+    assert "tensorboard: TensorBoard's logs end here: " in told[0]
 
 
 def test_microbatches_are_one_batch():
