@@ -1,7 +1,10 @@
-"""The dit stage, divided over eight devices, started from a checkpoint of facebookresearch/DiT."""
+"""The dit stage: over eight devices, from a checkpoint of facebookresearch/DiT, and with DDPM."""
 
 import contextlib
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -10,19 +13,22 @@ import pytest
 from flax import nnx
 
 from configs import default
+from opensora_jax import encoders, rngs
 from opensora_jax import mesh as mesh_lib
-from opensora_jax import rngs
 from opensora_jax.convert import torch_file
 from opensora_jax.convert.dit import open_blocks
 from opensora_jax.data import dataset
 from opensora_jax.data.dataset import write_part
+from opensora_jax.generation import Generator
 from opensora_jax.stages import common
 from opensora_jax.stages import dit as stage
 from opensora_jax.tasks.dit import Latents
 from opensora_jax.train import checkpoint
 from opensora_jax.train import state as state_lib
 
-CHECKPOINT = Path(__file__).parents[1] / "golden" / "dit_tiny.pt"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+CHECKPOINT, VQVAE_PATH = GOLDEN / "dit_tiny.pt", GOLDEN / "videogpt_stride4x4x4.ckpt"
 N_CODES, DIM, TEXT_WIDTH = 16, 4, 6
 METADATA = {
     "downsample": [2, 2, 2],
@@ -162,3 +168,71 @@ def test_tokens_divide_over_the_context_axis(tmp_path):
     with pytest.raises(ValueError, match=message):
         stage.run(c, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def write_two_videos(folder):
+    """A dataset of two tiny videos, many times over, so that epochs, which take time, are few.
+
+    Returns:
+      Their captions and codes.
+    """
+    captions = ["a red circle", "a blue square"]
+    codes = np.random.default_rng(1).integers(N_CODES, size=(2, 1, 2, 2))
+    encoders.make_small_text_model(folder / "text", captions, width=TEXT_WIDTH, depth=1, n_heads=1)
+    features = encoders.TextEncoder(folder / "text").encode(captions)
+    rows = [
+        {
+            "video_file": f"{caption}.mp4",
+            "caption": caption,
+            "fps": 8.0,
+            "video_latent_states": c,
+            "text_latent_states": f,
+        }
+        for caption, c, f in zip(captions, codes, features, strict=True)
+    ]
+    counts = {"kept": 2, "filtered": [], "failed": []}
+    write_part(folder, 0, rows * 256, N_CODES, counts)
+    paths = {"vqvae": str(VQVAE_PATH), "text_model": str(folder / "text"), "downsample": [4, 4, 4]}
+    corners = np.stack(np.meshgrid(*[[-1.0, 1.0]] * DIM), axis=-1).reshape(N_CODES, DIM)
+    dataset.finish_dataset(folder, METADATA | paths, corners.astype(np.float32))
+    return captions, codes
+
+
+def test_ddpm_learns_two_videos_and_samples_them(tmp_path):
+    captions, codes = write_two_videos(tmp_path / "dataset")
+    fields = """
+        dit.objective=ddpm dit.size= dit.depth=1 dit.width=64 dit.heads=2 dit.text_mode=in_context
+        dit.validation_share=0 dit.batch_size=32 dit.steps=300 dit.learning_rate=5e-3
+        dit.warmup_steps=0 dit.ema_decay=0.95 dit.remat=none dit.checkpoint_every=300
+        sample.ancestral=True sample.guidance=1
+    """
+    command = [sys.executable, "-m", "opensora_jax.main", "--config=configs/default.py"]
+    command += [f"--workdir={tmp_path}", "--config.stages=('dit',)"]
+    command += [f"--config.{field}" for field in fields.split()]
+    # On one device: with eight, 300 steps take longer than all the rest.
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "dit"
+    assert len(list((folder / "samples" / "step000300").glob("*.mp4"))) == 2
+
+    generator = Generator.load(folder)
+    videos = generator.sample(
+        captions * 4, params=generator.restore(folder), steps=30, guidance=1.0, seed=0
+    )
+    expected = encoders.decode(encoders.load_vqvae(VQVAE_PATH), codes)
+    assert (expected[0] != expected[1]).any()
+    same = (videos == np.tile(expected, (4, 1, 1, 1, 1))).all(axis=(1, 2, 3, 4))
+    assert same.sum() >= 6
+
+    description = checkpoint.read_description(folder)
+    assert description["dit"]["out_channels"] == 2 * description["dit"]["channels"]
+    config = make_config(tmp_path / "dataset", init_from="", depth=1)
+    with pytest.raises(ValueError, match=r"another model: .*objective='flow', there 'ddpm'"):
+        stage.run(config, tmp_path)
