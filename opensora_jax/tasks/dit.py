@@ -106,10 +106,7 @@ class DiTTask:
     def eval_step(
         self, params: PyTree, batch: dict[str, jax.Array], key: jax.Array
     ) -> dict[str, jax.Array]:
-        """The loss that is trained on (with ddpm, error plus bound) at each of `NOISE_LEVELS`.
-
-        And their mean.
-        """
+        """The training loss (ddpm: error plus bound) at each of `NOISE_LEVELS`, and their mean."""
         b = batch["codes"].shape[0]
         losses = {
             f"validation_loss/t={t}": self._loss(params, batch, jnp.full((b,), t), key, None)

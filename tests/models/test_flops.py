@@ -52,7 +52,7 @@ def test_flops_are_what_the_compiler_counts(text_mode):
 
 @pytest.mark.parametrize("text_mode", TEXT_MODES)
 def test_parameters_are_those_of_the_model(text_mode):
-    dit = arguments(text_mode) | {"depth": 3}
+    dit = arguments(text_mode) | {"depth": 3, "out_channels": 32}
     model = nnx.eval_shape(lambda: DiT(**dit, rngs=nnx.Rngs(0)))
     n = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert flops.dit_parameters(dit) == n
