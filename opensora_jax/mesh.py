@@ -1,6 +1,7 @@
 """The device mesh, and the one table that maps logical axes of arrays onto it."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import EllipsisType
@@ -47,6 +48,8 @@ ACTIVATION_RULES: Mapping[str, MeshAxes] = {
     for rules in (DIT_RULES, VQVAE_RULES)
     for name, mesh_axes in rules.items()
 }
+
+PARAMETER_RULES = DIT_RULES | VQVAE_RULES
 
 # How a batch arrives from the host.
 BATCH = PartitionSpec(ACTIVATION_RULES["batch"])
@@ -145,7 +148,11 @@ def param_shardings(params: nnx.State, rules: Mapping[str, MeshAxes], mesh: Mesh
     return shardings
 
 
-def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
+def constrain(
+    x: jax.Array,
+    *axes: str | EllipsisType | None,
+    rules: Mapping[str, MeshAxes] = ACTIVATION_RULES,
+) -> jax.Array:
     """x divided over the current mesh by one logical axis (or None: whole) a dimension.
 
     A leading `...` leaves the dimensions it stands for to the compiler. Without a mesh
@@ -155,11 +162,27 @@ def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     names = axes[1:] if axes[0] is ... else axes
-    spec = partition_spec(x.shape, names, ACTIVATION_RULES, mesh)
+    spec = partition_spec(x.shape, names, rules, mesh)
     if axes[0] is ...:
         n_free = x.ndim - len(names)
         spec = PartitionSpec(*[PartitionSpec.UNCONSTRAINED] * n_free, *spec[n_free:])
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A parameter with logical `axes`, gathered over fsdp; its gradient is scattered over it.
+
+    Left to itself the compiler may move activations instead, or multiply by one part of the weight
+    at a time, which writes the product as often as there are parts.
+    """
+    return constrain(weight, *axes)
+
+
+gather.defvjp(
+    lambda weight, axes: (gather(weight, axes), None),
+    lambda axes, _, gradient: (constrain(gradient, *axes, rules=PARAMETER_RULES),),
+)
 
 
 def shard_map(f: Callable[..., jax.Array], *axes: tuple[str | None, ...]) -> Callable:

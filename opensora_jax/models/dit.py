@@ -86,6 +86,8 @@ class Attention(nnx.Module):
             return y.reshape(*y.shape[:-1], self.heads, -1)
 
         q, k, v = split(self.query(x_BND)), split(self.key(source)), split(self.value(source))
+        # Or TPUs would write these in float32, as the normalization wants them, and not in dtype.
+        q, k = jax.lax.optimization_barrier((q, k))
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if angles_NK is not None:

@@ -128,10 +128,10 @@ class Dense(nnx.Module):
         self.axes, self.dtype = axes, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Features that are whole, or divided as the kernel's are over tensor, leave the compiler
-        # no choice but to gather a kernel that fsdp divides; else it may sum activations instead.
+        # Features are divided as the kernel is over tensor.
         rows = constrain(as_rows(x).astype(self.dtype), ..., self.axes[0])
-        y = constrain(rows @ self.kernel[...].astype(self.dtype), ..., self.axes[1])
+        kernel = mesh.gather(self.kernel[...].astype(self.dtype), self.axes)
+        y = constrain(rows @ kernel, ..., self.axes[1])
         if self.bias is not None:
             y = add_bias(y, self.bias[...].astype(self.dtype))
         return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -133,10 +133,10 @@ class Training:
         return state, np.array(jax.device_get(measured))
 
     def collectives(self):
-        """(kind, shape) of what each collective operation of the program makes."""
+        """(kind, shape without ones) of what each collective operation of the program makes."""
         pattern = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\("
         return [
-            (kind, tuple(int(n) for n in shape.split(",") if n))
+            (kind, tuple(int(n) for n in shape.split(",") if n not in ("", "1")))
             for shapes, kind in re.findall(pattern, self._step.as_text())
             for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
         ]
