@@ -149,5 +149,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    runtime.use_huge_pages()
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=cli.parse_flags)

@@ -81,5 +81,6 @@ def _add_seconds(workdir: Path, stage: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    runtime.use_huge_pages()
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=cli.parse_flags)

@@ -1,4 +1,8 @@
-"""How many processes a run has, by its environment."""
+"""What a command sets up by its environment: huge pages, and how many processes there are."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -41,3 +45,34 @@ def test_hosts_of_a_tpu_pod(monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert runtime.n_tpu_hosts() == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "expected"),
+    [
+        ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "a.b=c", "a.b=c:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        ("[always] madvise never", None, None),
+        (None, None, None),
+    ],
+)
+def test_huge_pages_are_asked_for_where_linux_leaves_it_to_programs(
+    tmp_path, mode, given, expected
+):
+    if mode is not None:
+        (tmp_path / "enabled").write_text(f"{mode}\n")
+    program = (
+        "import os, sys; from pathlib import Path; from opensora_jax import runtime; "
+        "runtime._HUGE_PAGES = Path(sys.argv[1]); runtime.use_huge_pages(); "
+        "print(os.environ.get('GLIBC_TUNABLES'), sys.argv[2])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "enabled", "argument"],
+        env=environment | ({} if given is None else {"GLIBC_TUNABLES": given}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{expected} argument\n"
