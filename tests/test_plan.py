@@ -168,17 +168,31 @@ def test_shipped_configurations_compile_for_their_slices(name, topology):
     found = aot.make(config, aot.tpu_slice(topology))
     assert found.fits, plan.report(found)
     assert found.unknown_loops == 0
+    # Rematerialization computes the blocks' forward pass again, a third on top, and the kernels of
+    # attention their products a second time.
     n_devices = len(found.slice.devices)
-    # Rematerialization computes the blocks' forward pass again, a third on top.
-    assert found.model_flops < n_devices * found.flops < 1.6 * found.model_flops
+    assert found.model_flops < n_devices * found.flops < 1.7 * found.model_flops
     state = sum(found.state_bytes.values())
-    assert state == pytest.approx(4 * 4 * found.n_parameters / n_devices, rel=0.02)
-    # Weights are gathered and their gradients scattered; activations stay where they are.
+    assert state == pytest.approx(4 * 4 * found.n_parameters / found.mesh.shape["fsdp"], rel=0.02)
+    # Weights are gathered, block by block, once forward and once backward, and their gradients
+    # summed; activations stay where they are.
     sent = {"weights": 0, "gradients": 0, "activations": 0, "scalars": 0}
     for c in found.collectives:
         sent[found.purpose(c)] += c.count * c.bytes
-    assert sent["activations"] < 0.05 * sum(sent.values())
+    weights = config.dit.accumulate * 2 * found.n_parameters  # bytes in bfloat16
+    assert weights < sent["weights"] < 2.05 * weights
+    assert sent["activations"] < 0.01 * sum(sent.values())
     assert 0 < found.mfu_bound < 1
+
+
+@pytest.mark.slow
+def test_seven_billion_parameters_for_a_slice():
+    config = shipped("dit_7b")
+    found = aot.make(config, aot.tpu_slice("v5p:4x4x8"))
+    assert found.fits, plan.report(found)
+    assert found.n_parameters == flops.dit_parameters(synthetic.training(config).dit)
+    held = found.state_bytes["parameters"] * found.mesh.shape["fsdp"]
+    assert held == pytest.approx(4 * found.n_parameters, rel=0.01)  # biases are whole everywhere
 
 
 @pytest.mark.slow
