@@ -177,6 +177,7 @@ def make(config: ConfigDict, where: Slice) -> Plan:
         config.dit.attention = "splash"
     check.config(config, where.devices)
     mesh = mesh_lib.make_mesh(config.mesh, where.devices)
+    synthetic.check_sequence(config, mesh)
     training = synthetic.training(config)
     state = state_lib.abstract(training.task, training.tx, mesh)
     over_data = NamedSharding(mesh, mesh_lib.BATCH)

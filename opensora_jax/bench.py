@@ -63,6 +63,7 @@ class Bench:
     def __init__(self, config: ConfigDict):
         training = synthetic.training(config)
         mesh = mesh_lib.make_mesh(config.mesh)
+        synthetic.check_sequence(config, mesh)
         self._state, shardings = state_lib.create(
             training.task, training.tx, mesh, rngs.key(config.seed, "init")
         )

@@ -49,6 +49,11 @@ def training(config: ConfigDict) -> common.DiTTraining:
     )
 
 
+def check_sequence(config: ConfigDict, mesh: Mesh) -> None:
+    """`common.check_sequence` of these sizes."""
+    common.check_sequence(config.dit, mesh, latent_grid(config), text_length(config))
+
+
 def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a global batch."""
     b, s = config.dit.batch_size, text_length(config)

@@ -36,6 +36,14 @@ def test_it_needs_jax_flax_optax_and_ml_collections_only():
     assert {name for name in ours - theirs if not name.startswith("_")} == set()
 
 
+def test_tokens_that_the_context_axis_does_not_divide():
+    config = quickstart.get_config()
+    config.dit.n_latent_frames = 1
+    config.mesh.update(data=1, context=8)
+    with pytest.raises(ValueError, match=r"mesh\.context=8: expected a divisor of the 16 tokens"):
+        bench.Bench(config)
+
+
 def test_a_measurement():
     config = quickstart.get_config()
     config.stages = ("dit",)

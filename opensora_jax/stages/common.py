@@ -133,6 +133,20 @@ class DiTTraining:
     flops_per_step: float  # over all devices, by formula
 
 
+def check_sequence(c: ConfigDict, mesh: Mesh, grid: tuple[int, int, int], text_length: int) -> None:
+    """Sees that the context axis divides the sequence of `config.dit` c evenly.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    n, devices = math.prod(grid) // c.patch**2, mesh.shape["context"]
+    what = f"{n} tokens of a {'x'.join(map(str, grid))} grid in patches of {c.patch}"
+    if c.text_mode == "in_context":
+        n, what = n + text_length, f"{what} and {text_length} of text"
+    if n % devices:
+        raise ValueError(f"config.mesh.context={devices}: expected a divisor of the {what}")
+
+
 def dit_training(
     config: ConfigDict,
     latents: Latents,

@@ -1,13 +1,11 @@
 """The stage that trains the DiT on an Arrow dataset."""
 
 import logging
-import math
 from pathlib import Path
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from opensora_jax import mesh as mesh_lib
@@ -57,7 +55,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     )
     task = training.task
     mesh = mesh_lib.make_mesh(config.mesh)
-    _check_sequence(c, mesh, grid, text_length)
+    common.check_sequence(c, mesh, grid, text_length)
     start_from = dict
     if c.init_from:  # checked before the folder is claimed, so that sizes can still be changed
         start_from = open_blocks(c.init_from, common.dit_maker(training.dit, dtype=c.dtype))
@@ -107,18 +105,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
         config=common.recorded(config, "dit"),
     )
     common.mark_trained(folder, c.steps)
-
-
-def _check_sequence(
-    c: ConfigDict, mesh: Mesh, grid: tuple[int, int, int], text_length: int
-) -> None:
-    """The context axis divides the sequence evenly."""
-    n, devices = math.prod(grid) // c.patch**2, mesh.shape["context"]
-    what = f"{n} tokens of a {'x'.join(map(str, grid))} grid in patches of {c.patch}"
-    if c.text_mode == "in_context":
-        n, what = n + text_length, f"{what} and {text_length} of text"
-    if n % devices:
-        raise ValueError(f"config.mesh.context={devices}: expected a divisor of the {what}")
 
 
 def _usable_rows(

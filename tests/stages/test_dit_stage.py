@@ -198,6 +198,7 @@ def write_two_videos(folder):
     return captions, codes
 
 
+@pytest.mark.slow
 def test_ddpm_learns_two_videos_and_samples_them(tmp_path):
     captions, codes = write_two_videos(tmp_path / "dataset")
     fields = """

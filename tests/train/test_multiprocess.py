@@ -102,6 +102,18 @@ def train_here(data, workdir, mesh):
     main.run(c, workdir)
 
 
+def wait_for(processes, folder):
+    for i, process in enumerate(processes):
+        code = process.wait(timeout=400)
+        assert code == 0, (folder / f"printed{i}.txt").read_text()[-3000:]
+
+
+def forget_the_end(workdir):
+    """Leaves of a training what a kill in its last third would have left."""
+    (workdir / "dit" / "done.json").unlink()
+    shutil.rmtree(workdir / "dit" / "checkpoints" / str(STEPS))
+
+
 def start_two_processes(data, workdir, mesh, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -140,9 +152,7 @@ def folder(data, tmp_path_factory):
     jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longest
     try:
         train_here(data, folder / "one", ONE)
-        for i, process in enumerate(processes):
-            code = process.wait(timeout=400)
-            assert code == 0, (folder / f"printed{i}.txt").read_text()[-3000:]
+        wait_for(processes, folder)
         yield folder
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
@@ -200,7 +210,25 @@ def test_compiled_programs_are_kept(folder):
 
 def test_a_training_goes_on_on_another_mesh_and_number_of_processes(data, folder):
     workdir = folder / "two"
-    (workdir / "dit" / "done.json").unlink()
-    shutil.rmtree(workdir / "dit" / "checkpoints" / str(STEPS))
+    forget_the_end(workdir)
     train_here(data, workdir, ONE)
     assert_same(metrics(workdir), metrics(folder / "one"))
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_was(data, folder, tmp_path):
+    workdir = tmp_path / "one"
+    shutil.copytree(folder / "one", workdir)
+    forget_the_end(workdir)
+    processes = start_two_processes(data, workdir, TWO, tmp_path)
+    try:
+        wait_for(processes, tmp_path)
+    finally:
+        for process in processes:
+            process.kill()
+    assert_same(metrics(workdir), metrics(folder / "one"))
+    batches = np.array(
+        [json.loads((tmp_path / f"notes{i}.json").read_text())["batches"] for i in range(2)]
+    )
+    assert batches.shape == (2, STEPS - 8, BATCH // 2)
+    assert sorted(batches.flat) == list(range(N_ROWS))  # the last epoch
