@@ -137,6 +137,7 @@ def test_the_null_text_is_a_parameter(model):
     assert changed[1] == 0
 
 
+@pytest.mark.slow
 def test_remat_policies_have_equal_gradients():
     given = inputs()
     args = [given[name] for name in ("x", "time", "text", "lengths")]

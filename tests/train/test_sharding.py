@@ -33,8 +33,8 @@ SETTINGS = step.Settings(
 )
 WIDTH, TOKENS = 64, 12
 # Sizes of AXES.
-LAYOUTS = ["8x1x1x1", "1x8x1x1", "2x2x2x1", "1x2x2x2"]
-SLOW_LAYOUTS = ["1x1x4x2", "1x1x1x4", "2x1x4x1", "4x2x1x1", "1x4x2x1"]
+LAYOUTS = ["1x8x1x1", "2x2x2x1", "1x2x2x2"]
+SLOW_LAYOUTS = ["8x1x1x1", "1x1x4x2", "1x1x1x4", "2x1x4x1", "4x2x1x1", "1x4x2x1"]
 
 
 def dit_task(text_mode="cross_attention", width=WIDTH):
@@ -179,7 +179,7 @@ def slow(*arguments):
         *[slow(dit_task, "adamw", layout) for layout in SLOW_LAYOUTS],
         *[slow(in_context_task, "adamw", layout) for layout in LAYOUTS],
         *[slow(dit_task, "muon", layout) for layout in LAYOUTS],
-        *[slow(vqvae_task, "adamw", layout) for layout in LAYOUTS],
+        *[slow(vqvae_task, "adamw", layout) for layout in ["8x1x1x1", *LAYOUTS]],
     ],
 )
 def test_numbers_do_not_depend_on_the_mesh(make_task, optimizer, layout):
