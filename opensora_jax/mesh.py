@@ -34,6 +34,7 @@ VQVAE_RULES: Mapping[str, MeshAxes] = {
     "conv_in": ("fsdp",),  # input channels of convolutions
     "conv_out": ("tensor",),  # output channels of convolutions
 }
+PARAMETER_RULES = DIT_RULES | VQVAE_RULES
 
 # Logical axis of an activation -> mesh axes, beside the names of parameters, for `constrain`.
 # Parameters' axes leave out fsdp there: weights are gathered where they are used, while examples
@@ -45,11 +46,8 @@ ACTIVATION_RULES: Mapping[str, MeshAxes] = {
     "swapped_heads": ("tensor", "context"),  # heads, while every device has whole sequences
 } | {
     name: tuple(axis for axis in mesh_axes if axis != "fsdp")
-    for rules in (DIT_RULES, VQVAE_RULES)
-    for name, mesh_axes in rules.items()
+    for name, mesh_axes in PARAMETER_RULES.items()
 }
-
-PARAMETER_RULES = DIT_RULES | VQVAE_RULES
 
 # How a batch arrives from the host.
 BATCH = PartitionSpec(ACTIVATION_RULES["batch"])
