@@ -48,6 +48,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             f"object store, config.stages={config.stages}"
         )
     workdir.mkdir(parents=True, exist_ok=True)
+    runtime.expect_shared(workdir)
     # After the configuration is known to be good: these imports take seconds.
     from opensora_jax.stages import dit, fidelity, preprocess, report, shapes, vqvae
 

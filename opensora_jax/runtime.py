@@ -4,13 +4,17 @@ import glob
 import logging
 import os
 import platform
+import secrets
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging as absl_logging
+from etils import epath
+from jax.experimental import multihost_utils
 
 from opensora_jax import files
 
@@ -53,6 +57,33 @@ def _join_processes() -> None:
     jax.distributed.initialize(
         **{name: int(os.environ[key]) for name, key in given.items() if key in os.environ}
     )
+
+
+def expect_shared(folder: epath.Path) -> None:
+    """Stops every process if one does not see what the first writes to `folder`, the workdir.
+
+    Raises:
+      ValueError: naming those that do not.
+    """
+    if jax.process_count() == 1:
+        return
+    is_first = jax.process_index() == 0
+    # A new name: network file systems remember for a while what was not there.
+    name = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbelow(2**31)))
+    mark = folder / f".seen-{name}"
+    if is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    multihost_utils.sync_global_devices("workdir")
+    sees = multihost_utils.process_allgather(np.array(mark.exists()))
+    if is_first:
+        mark.unlink()
+    if not sees.all():
+        blind = ", ".join(map(str, np.flatnonzero(~sees)))
+        raise ValueError(
+            f"--workdir={folder}: process {blind} does not see what process 0 writes there; "
+            "expected one folder for all: gs://, or on a file system that the hosts share"
+        )
 
 
 def n_processes() -> int:

@@ -114,13 +114,12 @@ def forget_the_end(workdir):
     shutil.rmtree(workdir / "dit" / "checkpoints" / str(STEPS))
 
 
-def start_two_processes(data, workdir, mesh, folder):
+def start_two_processes(data, workdirs, mesh, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     arguments = [
         "--config=configs/default.py",
-        f"--workdir={workdir}",
         f"--config.data.dataset={data}",
         *(f"--config.{name}={value}" for name, value in (CONFIG | mesh).items()),
     ]
@@ -133,13 +132,16 @@ def start_two_processes(data, workdir, mesh, folder):
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, folder / f"notes{i}.json", *arguments],
+            [
+                *(sys.executable, "-c", PROGRAM, folder / f"notes{i}.json"),
+                *(f"--workdir={workdir}", *arguments),
+            ],
             env=environment | {"JAX_PROCESS_ID": str(i)},
             cwd=ROOT,
             stdout=(folder / f"printed{i}.txt").open("w"),
             stderr=subprocess.STDOUT,
         )
-        for i in range(2)
+        for i, workdir in enumerate(workdirs)
     ]
 
 
@@ -148,7 +150,7 @@ def folder(data, tmp_path_factory):
     """Holds the workdirs `one` and `two`, of the same training on as many processes, and of each
     of the two processes what it printed and wrote down."""
     folder = tmp_path_factory.mktemp("trainings")
-    processes = start_two_processes(data, folder / "two", TWO, folder)
+    processes = start_two_processes(data, [folder / "two"] * 2, TWO, folder)
     jax.config.update("jax_disable_most_optimizations", True)  # compiling takes longest
     try:
         train_here(data, folder / "one", ONE)
@@ -220,7 +222,7 @@ def test_two_processes_go_on_where_one_was(data, folder, tmp_path):
     workdir = tmp_path / "one"
     shutil.copytree(folder / "one", workdir)
     forget_the_end(workdir)
-    processes = start_two_processes(data, workdir, TWO, tmp_path)
+    processes = start_two_processes(data, [workdir] * 2, TWO, tmp_path)
     try:
         wait_for(processes, tmp_path)
     finally:
@@ -232,3 +234,17 @@ def test_two_processes_go_on_where_one_was(data, folder, tmp_path):
     )
     assert batches.shape == (2, STEPS - 8, BATCH // 2)
     assert sorted(batches.flat) == list(range(N_ROWS))  # the last epoch
+
+
+def test_a_workdir_that_is_not_shared_is_told_at_once(data, tmp_path):
+    workdirs = [tmp_path / "mine", tmp_path / "yours"]
+    processes = start_two_processes(data, workdirs, TWO, tmp_path)
+    try:
+        for i, process in enumerate(processes):
+            assert process.wait(timeout=200) == 1
+            printed = (tmp_path / f"printed{i}.txt").read_text()
+            assert f"error: --workdir={workdirs[i]}: process 1 does not see" in printed
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(any(workdir.iterdir()) for workdir in workdirs)
