@@ -156,9 +156,9 @@ def constrain(
     A leading `...` leaves the dimensions it stands for to the compiler. Without a mesh
     (`jax.set_mesh`) or with one device it is x itself.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if size() == 1:
         return x
+    mesh = jax.sharding.get_abstract_mesh()
     names = axes[1:] if axes[0] is ... else axes
     spec = partition_spec(x.shape, names, rules, mesh)
     if axes[0] is ...:
@@ -188,9 +188,9 @@ def shard_map(f: Callable[..., jax.Array], *axes: tuple[str | None, ...]) -> Cal
 
     The result is divided as the first argument is. Without a mesh or with one device it is f.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if size() == 1:
         return f
+    mesh = jax.sharding.get_abstract_mesh()
 
     def call(*args: jax.Array) -> jax.Array:
         specs = tuple(
@@ -203,10 +203,12 @@ def shard_map(f: Callable[..., jax.Array], *axes: tuple[str | None, ...]) -> Cal
     return call
 
 
-def size(axis: str) -> int:
-    """Size of an axis of the current mesh; 1 without a mesh."""
+def size(axis: str | None = None) -> int:
+    """Size of the current mesh, or of one axis of it; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape[axis]
+    if mesh.empty:
+        return 1
+    return mesh.size if axis is None else mesh.shape[axis]
 
 
 def context_of(tree: PyTree) -> contextlib.AbstractContextManager:

@@ -143,13 +143,25 @@ def _attention_xla(q, k, v, lengths):
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
 
 
-def _attention_matmul(q, k, v, lengths):
+def _attention_matmul(q_BNHK, k_BSHK, v_BSHK, lengths_B):
     """Attention of which no matmul, backward neither, transposes an (N, S) matrix.
 
     XLA's CPU matmuls slow down by half on those; this takes half the time of `_attention_xla`.
+    The halves of a batch need nothing of each other, so that one's softmax runs beside the other's
+    matmuls: 3% to 6% of a train step. A batch that is divided over devices stays as it is.
     """
-    heads_first = (x.swapaxes(1, 2) for x in (q, k, v))
-    return _heads_attention(*heads_first, lengths).swapaxes(1, 2)
+    n = min(2, len(q_BNHK)) if mesh.size() == 1 else 1
+
+    def split(x_B):
+        return [None] * n if x_B is None else jnp.array_split(x_B, n)
+
+    parts = zip(*(split(x) for x in (q_BNHK, k_BSHK, v_BSHK, lengths_B)), strict=True)
+    return jnp.concatenate(
+        [
+            _heads_attention(*(x.swapaxes(1, 2) for x in qkv), lengths).swapaxes(1, 2)
+            for *qkv, lengths in parts
+        ]
+    )
 
 
 @jax.custom_vjp

@@ -19,7 +19,7 @@ def by_formula(q, k, v, lengths):
 @pytest.fixture(scope="module")
 def arrays():
     """Queries, more keys and values than queries, and the gradient of the result."""
-    shapes = ((2, 5, 3, 4), (2, 7, 3, 4), (2, 7, 3, 4), (2, 5, 3, 4))
+    shapes = ((3, 5, 3, 4), (3, 7, 3, 4), (3, 7, 3, 4), (3, 5, 3, 4))
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return [jax.random.normal(key, s) for key, s in zip(keys, shapes, strict=True)]
 
@@ -29,9 +29,11 @@ def value_and_gradients(f, lengths, q, k, v, d_out):
     return out, *vjp(d_out)
 
 
-@pytest.mark.parametrize("lengths", [None, (7, 1), (3, 6)])
-def test_value_and_gradients_are_the_formula_s(arrays, lengths):
-    lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [None, (7, 1, 2), (3, 6, 7)])
+def test_value_and_gradients_are_the_formula_s(arrays, lengths, batch):
+    arrays = [x[:batch] for x in arrays]
+    lengths = None if lengths is None else jnp.array(lengths[:batch], jnp.int32)
     found = value_and_gradients(attention, lengths, *arrays)
     expected = value_and_gradients(by_formula, lengths, *arrays)
     for a, b in zip(found, expected, strict=True):
@@ -46,7 +48,7 @@ def test_large_scores_do_not_overflow(arrays):
 
 def test_bfloat16_stays_bfloat16_and_close(arrays):
     halves = [x.astype(jnp.bfloat16) for x in arrays]
-    lengths = jnp.array([3, 6], jnp.int32)
+    lengths = jnp.array([3, 6, 7], jnp.int32)
     found = value_and_gradients(attention, lengths, *halves)
     expected = value_and_gradients(by_formula, lengths, *(x.astype(jnp.float32) for x in halves))
     for a, b in zip(found, expected, strict=True):
