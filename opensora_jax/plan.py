@@ -90,7 +90,7 @@ def candidates(config: ConfigDict, n: int) -> Iterator[ConfigDict]:
     Of a mesh, what takes the least memory comes first.
     """
     parts = (1, 2, 4, 8)
-    shapes = [{"data": data} for data in (*parts, n)]
+    shapes = [{"data": data} for data in sorted({*parts, n})]
     shapes += [{axis: part} for axis in ("context", "tensor") for part in parts[1:]]
     for shape in shapes:
         fsdp, rest = divmod(n, math.prod(shape.values()))

@@ -126,10 +126,12 @@ def test_what_does_not_fit():
     assert plan.report(refused).endswith("Does not fit: 20G of 15.75G")
 
 
-def test_candidates_divide_the_devices():
+@pytest.mark.parametrize("n", [4, 16])
+def test_candidates_divide_the_devices(n):
     config = shipped("dit_7b")
-    seen = list(plan.candidates(config, 16))
-    assert {np.prod(list(c.mesh.values())) for c in seen} == {16}
+    seen = list(plan.candidates(config, n))
+    assert {np.prod(list(c.mesh.values())) for c in seen} == {n}
+    assert len({(*c.mesh.values(), c.dit.remat) for c in seen}) == len(seen)
     assert {c.dit.remat for c in seen} == set(REMAT_POLICIES)
     assert seen[0].dit.remat == "full"
     assert dict(config.mesh) == dict(shipped("dit_7b").mesh)
