@@ -10,6 +10,7 @@ Each caption becomes a row. Run the same command again to go on after an interru
 import argparse
 import sys
 
+from opensora_jax import runtime
 from opensora_jax.data.captions import CaptionsError
 from opensora_jax.data.dataset import DatasetError
 from opensora_jax.stages.preprocess import PreprocessError, preprocess
@@ -72,6 +73,7 @@ def main() -> None:
     # One number stands for both sides.
     arguments["resolution"] = (arguments["resolution"] * 2)[:2]
     paths = [arguments.pop(name) for name in ("captions", "videos", "output")]
+    runtime.keep_compiled_programs()
     try:
         preprocess(*paths, **arguments)
     except (CaptionsError, DatasetError, PreprocessError, FileNotFoundError) as error:

@@ -40,13 +40,18 @@ def use_huge_pages() -> None:
 
 
 def start() -> None:
-    """Joins the other processes, if there are any, sets up logs, and keeps compiled programs."""
+    """Joins the other processes, if there are any, sets up logs, keeps compiled programs."""
     # Ours speak, in one process; Orbax and JAX only when something is wrong.
     absl_logging.set_verbosity(absl_logging.WARNING)
     if n_processes() > 1:
         _join_processes()
     level = logging.INFO if jax.process_index() == 0 else logging.ERROR
     logging.getLogger("opensora_jax").setLevel(level)
+    keep_compiled_programs()
+
+
+def keep_compiled_programs() -> None:
+    """Lets later runs of the same programs start without compiling them."""
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR names another
         jax.config.update("jax_compilation_cache_dir", str(files.cache() / "compiled"))
 

@@ -23,9 +23,11 @@ def main(argv: list[str] | None = None) -> None:
     import jax
     from etils import epath
 
+    from opensora_jax import runtime
     from opensora_jax.data import video_io
     from opensora_jax.generation import Generator
 
+    runtime.keep_compiled_programs()
     folder = epath.Path(args.workdir) / "dit"
     generator = Generator.load(folder)
     grid = generator.latent_grid(args.frames, args.height, args.width)

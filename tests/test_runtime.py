@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from opensora_jax import runtime
@@ -76,3 +77,18 @@ def test_huge_pages_are_asked_for_where_linux_leaves_it_to_programs(
         check=True,
     )
     assert done.stdout == f"{expected} argument\n"
+
+
+@pytest.mark.parametrize("named", [None, "elsewhere"])
+def test_compiled_programs_are_kept_among_caches_or_where_the_user_says(
+    monkeypatch, tmp_path, named
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", named)
+        runtime.keep_compiled_programs()
+        expected = named or str(tmp_path / "opensora_jax" / "compiled")
+        assert jax.config.jax_compilation_cache_dir == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
