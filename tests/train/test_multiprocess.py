@@ -236,6 +236,7 @@ def test_two_processes_go_on_where_one_was(data, folder, tmp_path):
     assert sorted(batches.flat) == list(range(N_ROWS))  # the last epoch
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_not_shared_is_told_at_once(data, tmp_path):
     workdirs = [tmp_path / "mine", tmp_path / "yours"]
     processes = start_two_processes(data, workdirs, TWO, tmp_path)
