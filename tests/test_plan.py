@@ -1,6 +1,7 @@
 """Planning for TPU slices: what the figures mean, and what is shipped compiled for its slices."""
 
 import importlib
+import itertools
 import sys
 from typing import NamedTuple
 
@@ -137,6 +138,46 @@ def test_candidates_divide_the_devices(n):
     assert dict(config.mesh) == dict(shipped("dit_7b").mesh)
 
 
+def test_a_sweep_ranks_what_fits_and_leaves_out_the_rest(monkeypatch, capsys):
+    seconds = {("full", 1): 0.4, ("none", 1): 0.3, ("full", 2): 0.2}
+    tried = []
+
+    def make(candidate, where):
+        remat, data = candidate.dit.remat, candidate.mesh.data
+        tried.append((remat, data))
+        if data == 4:
+            raise ValueError("dit.batch_size=6: expected a multiple of 4")
+        return planned(
+            "v5p",
+            (data, 16 // data),
+            ("data", "fsdp"),
+            remat=remat,
+            flops=459e12 * seconds.get((remat, data), 1.0),
+            temporary_bytes=0 if (remat, data) in seconds else 96 * 2**30,
+        )
+
+    def candidates(config, n):
+        for data, remat in itertools.product((1, 2, 4, 8), ("full", "none")):
+            candidate = config.copy_and_resolve_references()
+            candidate.mesh.data, candidate.dit.remat = data, remat
+            yield candidate
+
+    monkeypatch.setattr(plan.aot, "make", make)
+    monkeypatch.setattr(plan, "candidates", candidates)
+    table = plan.sweep(shipped("dit_7b"), planned("v5p", (4, 4), ("data", "fsdp")).slice)
+    rows = [line.split("|")[1:4] for line in table.splitlines()[2:]]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["data=2 fsdp=8", "full", "1.0"],
+        ["fsdp=16", "none", "1.0"],
+        ["fsdp=16", "full", "1.0"],
+    ]
+    # What does not fit with least memory, or cannot be, is not tried with more.
+    assert tried == [("full", 1), ("none", 1), ("full", 2), ("none", 2), ("full", 4), ("full", 8)]
+    printed = capsys.readouterr().err
+    assert "left out: dit.batch_size=6: expected a multiple of 4" in printed
+    assert "data=8 fsdp=2, remat full: does not fit" in printed
+
+
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:banana", "4x4"])
 def test_a_wrong_topology(name):
     with pytest.raises(ValueError, match=rf"--topology={name}: expected .*v5p:4x4x8"):
@@ -186,6 +227,18 @@ def test_shipped_configurations_compile_for_their_slices(name, topology):
     assert weights < sent["weights"] < 2.05 * weights
     assert sent["activations"] < 0.01 * sum(sent.values())
     assert 0 < found.mfu_bound < 1
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_slice(monkeypatch):
+    config = shipped("dit_xl2")
+    config.dit.update(size="", depth=2, width=256, heads=4, batch_size=8, accumulate=1)
+    config.preprocess.resolution = 64
+    every = plan.candidates
+    monkeypatch.setattr(plan, "candidates", lambda *args: itertools.islice(every(*args), 2))
+    table = plan.sweep(config, aot.tpu_slice("v5e:2x2")).splitlines()[2:]
+    assert {line.split(" | ")[1] for line in table} == {"full", "offload"}
+    assert all(line.startswith("| fsdp=4 | ") for line in table)
 
 
 @pytest.mark.slow
