@@ -30,7 +30,7 @@ setup(
         "safetensors",
         "imageio[pyav]",
         "av",
-        "tensorboardX",
+        "tensorboard",
         "matplotlib",
         "tqdm",
     ],

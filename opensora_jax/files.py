@@ -29,15 +29,15 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def append_text(path: epath.PathLike, text: str) -> None:
-    """Adds `text` to the end of a file that exists."""
+def append(path: epath.PathLike, data: bytes) -> None:
+    """Adds `data` to the end of a file that exists."""
     path = epath.Path(path)
     with _naming(path):
         if is_remote(path):  # object stores cannot append
-            path.write_bytes(path.read_bytes() + text.encode())
+            path.write_bytes(path.read_bytes() + data)
             return
-        with path.open("a") as f:
-            f.write(text)
+        with path.open("ab") as f:
+            f.write(data)
 
 
 def is_remote(path: epath.PathLike) -> bool:

@@ -36,7 +36,7 @@ def test_files_are_written_whole_and_grow(bucket):
     assert str(path) == "gs://bucket/metrics.jsonl"
     for text in ("a long line\n", "a\n"):
         files.write_text(path, text)
-    files.append_text(path, "b\n")
+    files.append(path, b"b\n")
     with files.local(bucket / "video.mp4") as written:
         written.write_bytes(b"video")
     assert path.read_text() == "a\nb\n"

@@ -94,16 +94,14 @@ def fit(
         shardings = jax.tree.map(lambda x: x.sharding, state)
         update = jit_train_step(task, tx, schedule, settings, shardings)
         first = int(state.step)
-        with (
-            contextlib.closing(writer.MetricsWriter(folder, first)) as log,
-            tqdm(
-                total=settings.steps,
-                initial=first,
-                desc=folder.name,
-                unit="step",
-                disable=jax.process_index() > 0,
-            ) as progress,
-        ):
+        log = writer.MetricsWriter(folder, first)
+        with tqdm(
+            total=settings.steps,
+            initial=first,
+            desc=folder.name,
+            unit="step",
+            disable=jax.process_index() > 0,
+        ) as progress:
             loop = _Loop(
                 update=update,
                 batches=batches,

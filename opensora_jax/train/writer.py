@@ -1,16 +1,18 @@
 """Where a training writes what it measures: metrics.jsonl and TensorBoard."""
 
+import io
 import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Mapping
 
 import jax
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import directory_check
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from opensora_jax import files
 
@@ -43,46 +45,44 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._is_writer:
             return
-        files.append_text(self._path, json.dumps({"step": step, **metrics}) + "\n")
+        line = json.dumps({"step": step, **metrics}) + "\n"
+        files.append(self._path, line.encode())
         self._tensorboard.write(step, metrics)
-
-    def close(self) -> None:
-        if self._is_writer:
-            self._tensorboard.close()
 
 
 class _TensorBoard:
-    """A file of TensorBoard's events, written at once: SummaryWriter's thread, once it could not
+    """A file of TensorBoard's events, written at once: a thread of its writers', once it could not
     write, would let the training wait for it for ever.
 
     What cannot be written is told and left out: metrics.jsonl has it, too.
     """
 
     def __init__(self, folder: epath.Path, step: int):
-        self._folder = folder
-        directory_check(str(folder))
-        self._events = EventsWriter(str(folder / "events"))
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads what is named so, in the order of the times.
+        run = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._path, self._ended = folder / f"events.out.tfevents.{run}", False
+        self._path.write_bytes(b"")
         # What there is of later steps, of a run before this one, is not to be shown.
-        self._write(Event(session_log=SessionLog(status=SessionLog.START), step=step + 1))
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(file_version="brain.Event:2"), Event(session_log=start, step=step + 1))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write(Event(summary=Summary(value=values), step=step))
 
-    def _write(self, event: Event) -> None:
-        if self._events is None:
+    def _write(self, *events: Event) -> None:
+        if self._ended:
             return
-        event.wall_time = time.time()
+        data = io.BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            RecordWriter(data).write(event.SerializeToString())
         try:
-            self._events.write_event(event)
-            self._events.flush()
+            files.append(self._path, data.getvalue())
         except OSError as error:
-            logger.warning("%s: TensorBoard's logs end here: %s", self._folder, error)
-            self._events = None
-
-    def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
+            logger.warning("%s: TensorBoard's logs end here: %s", self._path.parent, error)
+            self._ended = True
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:

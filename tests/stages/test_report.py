@@ -74,7 +74,6 @@ def write_dit_metrics(workdir):
     for step in range(10, 60, 10):
         writer.write(step, {"loss": 1 / step, "grad_norm": 2.0, "learning_rate": 1e-3})
     writer.write(50, {"validation_loss": 0.5, "validation_loss/t=0.1": 0.4})
-    writer.close()
 
 
 def write_vqvae(workdir):
@@ -97,7 +96,6 @@ def write_vqvae(workdir):
     writer.write(50, {"loss": 1.0, "perplexity": float("nan"), "tokens_per_second": 9e4})
     writer.write(100, {"loss": 0.01, "perplexity": 8.0, "tokens_per_second": 9e4})
     writer.write(100, {"held_out/psnr": 27.5, "held_out/perplexity": 9.0})
-    writer.close()
     return (samples / "step1000000.mp4").read_bytes()
 
 

@@ -21,6 +21,7 @@ from linear import (
     one_device,
     optimizer,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opensora_jax import rngs
 from opensora_jax.train import checkpoint, loop, optim, step, watch, writer
@@ -60,7 +61,21 @@ def test_it_learns_and_writes_what_it_measures(tmp_path):
         assert line["tflops_per_device"] == pytest.approx(1e-3 / seconds)
         assert line["mfu"] == pytest.approx(1e-3 / seconds)
     assert data.get_state()["next_index"] == 10  # no more batches are drawn than trained on
-    assert list((tmp_path / "tensorboard").iterdir())
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in shown] == [
+        (line["step"], pytest.approx(line["loss"])) for line in training
+    ]
+
+
+def test_tensorboard_forgets_what_a_run_before_wrote_of_later_steps(tmp_path):
+    log = writer.MetricsWriter(tmp_path, 0)
+    for i in (1, 2, 3):
+        log.write(i, {"loss": 1.0})
+    events = next((tmp_path / "tensorboard").iterdir())
+    events.rename(events.with_name("events.out.tfevents.1.earlier.1"))
+    writer.MetricsWriter(tmp_path, 1).write(2, {"loss": 2.0})
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in shown] == [(1, 1.0), (2, 2.0)]
 
 
 def test_a_training_outlives_what_tensorboard_cannot_write(tmp_path, caplog):
@@ -76,7 +91,6 @@ def test_a_training_outlives_what_tensorboard_cannot_write(tmp_path, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     for i in range(6, 30):
         log.write(i, {"loss": 3.0})
-    log.close()
     assert len(metrics(tmp_path)) == 26
     assert events.stat().st_size == size
     told = [r.getMessage() for r in caplog.records]
