@@ -105,6 +105,7 @@ def test_a_row_a_caption_of_the_training_split(world):
     assert found.metadata["latent_shape"] == [5, 4, 4]
 
 
+@pytest.mark.slow
 def test_training_logs_losses_samples_and_checkpoints(trained):
     metrics = read_metrics(trained / "dit" / "metrics.jsonl")
     losses = {m["step"]: m["loss"] for m in metrics if "loss" in m}
@@ -121,6 +122,7 @@ def test_training_logs_losses_samples_and_checkpoints(trained):
     assert sorted(p.name for p in (trained / "dit" / "checkpoints").iterdir()) == ["2", "4"]
 
 
+@pytest.mark.slow
 def test_the_same_command_again_finds_it_done(world, trained):
     folder, _ = world
     before = (trained / "dit" / "metrics.jsonl").read_bytes()
@@ -128,6 +130,7 @@ def test_the_same_command_again_finds_it_done(world, trained):
     assert (trained / "dit" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_sampling_from_the_trained_model(trained, tmp_path):
     output = tmp_path / "out.mp4"
     prompt = ["--prompt", "a blue square moves up", "--output", output, "--steps", 2]
