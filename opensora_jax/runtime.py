@@ -40,7 +40,7 @@ def use_huge_pages() -> None:
 
 
 def start() -> None:
-    """Joins the other processes, if there are any, sets up logs, keeps compiled programs."""
+    """Joins the other processes, if there are any, sets up logs, and keeps compiled programs."""
     # Ours speak, in one process; Orbax and JAX only when something is wrong.
     absl_logging.set_verbosity(absl_logging.WARNING)
     if n_processes() > 1:
@@ -65,7 +65,7 @@ def _join_processes() -> None:
 
 
 def expect_shared(folder: epath.Path) -> None:
-    """Stops every process if one does not see what the first writes to `folder`, the workdir.
+    """Stops every process if one does not see what the first writes to the workdir, which exists.
 
     Raises:
       ValueError: naming those that do not.
@@ -77,7 +77,6 @@ def expect_shared(folder: epath.Path) -> None:
     name = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbelow(2**31)))
     mark = folder / f".seen-{name}"
     if is_first:
-        folder.mkdir(parents=True, exist_ok=True)
         mark.touch()
     multihost_utils.sync_global_devices("workdir")
     sees = multihost_utils.process_allgather(np.array(mark.exists()))

@@ -75,9 +75,10 @@ class _TensorBoard:
         if self._ended:
             return
         data = io.BytesIO()
+        records = RecordWriter(data)
         for event in events:
             event.wall_time = time.time()
-            RecordWriter(data).write(event.SerializeToString())
+            records.write(event.SerializeToString())
         try:
             files.append(self._path, data.getvalue())
         except OSError as error:
