@@ -46,7 +46,7 @@ CLIP_SIZES = {
     "vocab_size": 49408,
     "width": 512,
     "depth": 12,
-    "n_heads": 8,
+    "heads": 8,
     "mlp_width": 2048,
     "max_length": 77,
 }

@@ -150,7 +150,7 @@ def make_clip_text(folder: Path, sizes: dict) -> CLIPTextModel:
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["width"],
         num_hidden_layers=sizes["depth"],
-        num_attention_heads=sizes["n_heads"],
+        num_attention_heads=sizes["heads"],
         intermediate_size=sizes["mlp_width"],
         max_position_embeddings=sizes["max_length"],
         hidden_act="quick_gelu",

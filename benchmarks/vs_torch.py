@@ -56,7 +56,8 @@ def pytorch(config, compiled: bool) -> tuple[dict, Run]:
     import torch
     from torch_dit import Training
 
-    from opensora_jax import mesh, synthetic
+    from opensora_jax import mesh
+    from opensora_jax.planning import synthetic
 
     training = synthetic.training(config)
     names = ("depth", "width", "heads", "channels", "patch", "text_width")

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     c.data.vqvae = ""  # VQ-VAE folder or VideoGPT checkpoint; empty: WORKDIR/vqvae
     c.data.text_model = ""  # CLIP folder or hub name; empty: a small random one, made on the spot
 
-    # Sizes of the device mesh; -1 is what the others leave. A batch is divided over data x fsdp,
+    # Sizes of the device mesh; -1 is what the others leave. A batch is sharded over data x fsdp,
     # parameters over fsdp and tensor, sequences (the VQ-VAE: batches) over context.
     c.mesh = ConfigDict()
     c.mesh.data = -1

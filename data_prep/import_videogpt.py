@@ -13,10 +13,9 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from opensora_jax import encoders
 from opensora_jax.convert import videogpt
+from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer, save_tokenizer
 from opensora_jax.models.vqvae import VQVAE
-from opensora_jax.stages.preprocess import fingerprint
 
 
 def import_videogpt(
@@ -40,9 +39,9 @@ def import_videogpt(
     if Path(output).is_file():
         raise ValueError(f"{output}: a file, expected a folder or nothing")
     try:
-        known = encoders.load_vqvae(output)
+        known = load_tokenizer(output)
     except FileNotFoundError:
-        encoders.save_vqvae(output, model)
+        save_tokenizer(output, model)
         return model, True
     if known.arguments != model.arguments or fingerprint(known) != fingerprint(model):
         raise ValueError(f"{output}: holds another model than {checkpoint}: choose another folder")

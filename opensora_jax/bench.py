@@ -15,9 +15,11 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from opensora_jax import check, cli, hardware, rngs, runtime, synthetic
+from opensora_jax import cli, hardware, rngs, runtime
+from opensora_jax import config as config_lib
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.models import flops
+from opensora_jax.planning import synthetic
 from opensora_jax.train import state as state_lib
 from opensora_jax.train import step as step_lib
 
@@ -141,7 +143,7 @@ def main(argv: list[str]) -> None:
         runtime.start()
         jax.config.update("jax_enable_compilation_cache", False)  # how long it takes is measured
         config.stages = ("dit",)  # others cannot run on several processes
-        check.config(config)
+        config_lib.check(config)
         measured = Bench(config).measure(_STEPS.value)
         if jax.process_index() == 0:
             print(table(measured))

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,76 @@ def write_text(path: epath.PathLike, text: str) -> None:
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Writes `value` as JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not JSON, or something other than an object; the message names the file.
+    """
+    path = epath.Path(path)
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {short(str(error))}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}: expected an object")
+    return value
+
+
+def short(value: Any) -> str:
+    """A value as error messages show it: of a long one its beginning, and a checksum of it all.
+
+    What stands in a file that others made can be of any length.
+    """
+    text = value if isinstance(value, str) and len(value) > 80 else repr(value)
+    return text if len(text) <= 80 else f"{text[:50]!a}... (CRC {_crc(text):08x})"
+
+
+def _crc(text: str) -> int:
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"))
+
+
+def changes(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+    """Each key, dotted in nested objects, in which `new` differs from `old`, with both values."""
+    found = []
+    for key in sorted(new.keys() | old.keys()):
+        here, there = new.get(key), old.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            found += [f"{key}.{change}" for change in changes(here, there)]
+        elif here != there:
+            found.append(f"{key}={short(here)}, there {short(there)}")
+    return found
+
+
+def expect_settings(path: epath.PathLike, settings: Mapping[str, Any], found: Mapping) -> None:
+    """Sees that what a folder was made with, as its file `path` says, is `settings`.
+
+    Raises:
+      ValueError: naming every key that differs, with both values.
+    """
+    # As they come back from JSON: tuples are lists.
+    different = changes(json.loads(json.dumps(settings)), found)
+    if different:
+        raise ValueError(
+            f"{path}: made with other settings: {'; '.join(different)}. Use another folder, or "
+            "remove this one"
+        )
+
+
+def record_settings(path: epath.PathLike, settings: Mapping[str, Any]) -> None:
+    """Writes what a folder is made with, or checks that it was made with the same.
+
+    Raises:
+      ValueError: as `expect_settings`.
+    """
+    if epath.Path(path).exists():
+        expect_settings(path, settings, read_json(path))
+    else:
+        epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
 
 
 def append(path: epath.PathLike, data: bytes) -> None:

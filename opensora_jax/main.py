@@ -13,7 +13,8 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from opensora_jax import check, cli, files, runtime
+from opensora_jax import cli, files, runtime
+from opensora_jax import config as config_lib
 
 logger = logging.getLogger("opensora_jax.main")  # not __main__, which it runs as
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
     workdir = files.absolute(_WORKDIR.value or Path("runs") / name)
     try:
         runtime.start()
-        check.config(config)
+        config_lib.check(config)
         run(config, workdir)
     except (*cli.USER_ERRORS, ImportError) as error:  # object stores need packages of their own
         logger.debug("stopped", exc_info=True)

@@ -38,7 +38,7 @@ PARAMETER_RULES = DIT_RULES | VQVAE_RULES
 
 # Logical axis of an activation -> mesh axes, beside the names of parameters, for `constrain`.
 # Parameters' axes leave out fsdp there: weights are gathered where they are used, while examples
-# are divided over it.
+# are sharded over it.
 ACTIVATION_RULES: Mapping[str, MeshAxes] = {
     "batch": ("data", "fsdp"),
     "clip": ("data", "fsdp", "context"),  # examples without a sequence to divide
@@ -102,7 +102,7 @@ def partition_spec(
 ) -> PartitionSpec:
     """Mesh axes of an array by its logical `axes`; leading dimensions without a name are stacked.
 
-    A dimension is divided over as many of its mesh axes, from the first on, as divide it evenly;
+    A dimension is sharded over as many of its mesh axes, from the first on, as divide it evenly;
     three output channels over four devices, say, stay whole.
 
     Raises:
@@ -151,7 +151,7 @@ def constrain(
     *axes: str | EllipsisType | None,
     rules: Mapping[str, MeshAxes] = ACTIVATION_RULES,
 ) -> jax.Array:
-    """x divided over the current mesh by one logical axis (or None: whole) a dimension.
+    """x sharded over the current mesh by one logical axis (or None: whole) a dimension.
 
     A leading `...` leaves the dimensions it stands for to the compiler. Without a mesh
     (`jax.set_mesh`) or with one device it is x itself.
@@ -186,7 +186,7 @@ gather.defvjp(
 def shard_map(f: Callable[..., jax.Array], *axes: tuple[str | None, ...]) -> Callable:
     """f on each device's part of its arguments, one tuple of logical axes an argument.
 
-    The result is divided as the first argument is. Without a mesh or with one device it is f.
+    The result is sharded as the first argument is. Without a mesh or with one device it is f.
     """
     if size() == 1:
         return f
@@ -212,7 +212,7 @@ def size(axis: str | None = None) -> int:
 
 
 def context_of(tree: PyTree) -> contextlib.AbstractContextManager:
-    """Sets the mesh that the arrays of `tree` are divided over, if they are."""
+    """Sets the mesh that the arrays of `tree` are sharded over, if they are."""
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
     for sharding in shardings:
         if isinstance(sharding, NamedSharding):
@@ -224,7 +224,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_places(mesh: Mesh, batch_size: int) -> np.ndarray:
+def local_batch_indices(mesh: Mesh, batch_size: int) -> np.ndarray:
     """The examples of a batch, sorted, that this process's devices hold: what it has to load.
 
     Processes whose devices divide no batch between them, but tokens or heads, hold the same.
@@ -234,7 +234,7 @@ def batch_places(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The `batch_places` of a batch -> global arrays divided over the data axes."""
+    """The `local_batch_indices` of a batch -> global arrays sharded over the data axes."""
     sharding = NamedSharding(mesh, BATCH)
     return {
         name: jax.make_array_from_process_local_data(sharding, array)

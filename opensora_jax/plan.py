@@ -17,9 +17,10 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from opensora_jax import aot, cli
+from opensora_jax import cli
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.models.dit import REMAT_POLICIES
+from opensora_jax.planning import compile as aot
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:4x4, v5p:4x4x8, v6e:16x16, ...")
 _SWEEP = flags.DEFINE_boolean("sweep", False, "Tries mesh shapes and remat policies; minutes each.")

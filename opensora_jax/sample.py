@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from opensora_jax import runtime
     from opensora_jax.data import video_io
-    from opensora_jax.generation import Generator
+    from opensora_jax.inference.generator import Generator
 
     runtime.keep_compiled_programs()
     folder = epath.Path(args.workdir) / "dit"

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from configs import quickstart
-from opensora_jax import bench, synthetic
+from opensora_jax import bench
+from opensora_jax.planning import synthetic
 
 LOADED = """
 import sys

@@ -8,21 +8,47 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opensora_jax"
-# Imported by all, importing nothing.
-ROOT = {"files"}
-# Imported by all but those.
-DEVICES = {"mesh", "rngs"}
-BASE = DEVICES | {"models", "diffusion", "data", "convert", "metrics"}
+
+BASE = {"mesh", "rngs", "files", "hardware", "runtime"}
+LIBRARY = {"models", "diffusion", "data", "convert", "metrics"}
+COMMANDS = {"main", "sample", "bench", "plan"}
+# Every module and folder of the package, and the others that it may import.
+ROOMS: dict[str, set[str]] = {
+    "rngs": set(),
+    "files": set(),
+    "hardware": set(),
+    "mesh": set(),
+    "runtime": {"files"},
+    "models": BASE,
+    "diffusion": BASE,
+    "data": BASE,
+    "metrics": BASE,
+    "convert": BASE | {"models"},
+    "checkpoint": BASE,
+    "train": BASE | {"checkpoint"},
+    "tasks": BASE | LIBRARY,
+    "build": BASE | LIBRARY | {"tasks", "train"},
+    "inference": BASE | LIBRARY | {"tasks", "checkpoint", "build"},
+    "planning": BASE | LIBRARY | {"tasks", "train", "build", "config"},
+    "report": BASE | LIBRARY | {"train"},
+    "config": BASE | LIBRARY | {"train", "build", "inference"},
+    "stages": BASE
+    | LIBRARY
+    | {"tasks", "train", "checkpoint", "build", "inference", "report", "config"},
+    "cli": {"runtime"},
+}
+ROOMS |= {command: set(ROOMS) for command in COMMANDS}
 
 
-def module_names():
+def modules():
+    """(name, path) of every module."""
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-def imported_parts(path):
-    """First parts below opensora_jax of all that a file imports."""
+def imported_rooms(path):
+    """The rooms of opensora_jax that a file imports from."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -30,51 +56,46 @@ def imported_parts(path):
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
+            assert not name.startswith("data_prep"), f"{path} imports data_prep"
             parts = name.split(".")
             if parts[0] == "opensora_jax" and len(parts) > 1:
                 yield parts[1]
-            if parts[0] == "data_prep":
-                yield "data_prep"
 
 
-def allowed(part):
-    """What the modules of `opensora_jax.part` may import besides their own kind."""
-    if part in ROOT:
-        return set()
-    if part in DEVICES:
-        return ROOT
-    if part == "convert":
-        return ROOT | DEVICES | {"models"}
-    if part in BASE:
-        return ROOT | DEVICES
-    if part in ("tasks", "train"):
-        return ROOT | BASE
-    return None  # commands join everything
+def test_every_room_is_named():
+    there = {path.stem for path in PACKAGE.iterdir() if path.name[0] not in "_."}
+    assert there == set(ROOMS)
 
 
 def test_imports_go_one_way():
-    for path in PACKAGE.rglob("*.py"):
-        part = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        may = allowed(part)
-        for imported in imported_parts(path):
-            assert imported != "data_prep", f"{path} imports data_prep"
-            if may is not None and imported != part:
-                assert imported in may, f"{path}: {part} imports {imported}"
+    for name, path in modules():
+        room = [*name.split("."), ""][1]
+        for imported in set(imported_rooms(path)) - {room}:
+            assert imported in ROOMS[room], f"{path}: {room} imports {imported}"
 
 
-@pytest.mark.parametrize("package", ["opensora_jax"])
-def test_importing_the_package_is_cheap(package):
-    code = f"import sys; import {package}; assert 'jax' not in sys.modules; print(len(sys.modules))"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    assert int(out) < 150
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("room", ["inference.generator", "inference.tokenizer"])
+def test_inference_takes_nothing_of_training(room):
+    code = f"import sys, opensora_jax.{room}; print(*sys.modules, sep='\\n')"
+    loaded = run(code).splitlines()
+    assert f"opensora_jax.{room}" in loaded
+    for unwanted in ("train", "stages", "report", "planning"):
+        assert f"opensora_jax.{unwanted}" not in loaded
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, opensora_jax; assert 'jax' not in sys.modules; print(len(sys.modules))"
+    assert int(run(code)) < 150
 
 
 def test_no_module_loads_torch_or_tensorflow(tmp_path):
-    names = list(module_names())
-    assert "opensora_jax.models.dit" in names
-    assert "opensora_jax.stages.preprocess" in names
+    names = [name for name, _ in modules()]
+    assert {"opensora_jax.models.dit", "opensora_jax.stages.preprocess"} <= set(names)
     unwanted = ("torch", "tensorflow", "torchvision", "keras")
     for name in unwanted:  # libraries take what they find
         (tmp_path / f"{name}.py").touch()
@@ -85,5 +106,4 @@ def test_no_module_loads_torch_or_tensorflow(tmp_path):
         "loaded = {m.split('.')[0] for m in sys.modules}\n"
         f"print(sorted(loaded & {set(unwanted)!r}))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    assert run(code) == "[]"

@@ -90,7 +90,7 @@ def test_partition_spec():
     assert spec((6, 8, 4), ("embed", "heads"), rules) == P(None, "fsdp", "tensor")
     # Three output channels stay whole over two devices.
     assert spec((8, 3), ("conv_in", "conv_out"), rules) == P("fsdp", None)
-    # Two examples can be divided over data, not over fsdp as well.
+    # Two examples can be sharded over data, not over fsdp as well.
     activations = mesh_lib.ACTIVATION_RULES
     assert spec((4, 5), ("batch", None), activations) == P(("data", "fsdp"), None)
     assert spec((2, 5), ("batch", None), activations) == P("data", None)
@@ -141,7 +141,7 @@ def test_a_batch_is_divided_over_both_data_axes():
     batch = mesh_lib.shard_batch({"x": x}, mesh)["x"]
     assert {s.data.shape for s in batch.addressable_shards} == {(2, 3)}
     np.testing.assert_array_equal(jax.device_get(batch), x)
-    np.testing.assert_array_equal(mesh_lib.batch_places(mesh, 8), np.arange(8))
+    np.testing.assert_array_equal(mesh_lib.local_batch_indices(mesh, 8), np.arange(8))
 
 
 @dataclasses.dataclass(frozen=True)

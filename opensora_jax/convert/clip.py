@@ -1,6 +1,5 @@
 """CLIP text weights, as Hugging Face hubs keep them, to `models.clip_text.ClipText`."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from opensora_jax import files
 from opensora_jax.convert import table, torch_file
 from opensora_jax.models.clip_text import ClipText
 
@@ -83,7 +83,7 @@ def load_clip_text(name_or_folder: str | Path, dtype: jnp.dtype = jnp.float32) -
             vocab_size=config["vocab_size"],
             width=config["hidden_size"],
             depth=config["num_hidden_layers"],
-            n_heads=config["num_attention_heads"],
+            heads=config["num_attention_heads"],
             mlp_width=config["intermediate_size"],
             max_length=config["max_position_embeddings"],
             activation=config["hidden_act"],
@@ -126,7 +126,7 @@ def local_folder(name_or_folder: str | Path) -> Path:
 def _text_config(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; expected the config of a CLIP model")
-    config = _read_json(path)
+    config = files.read_json(path)
     if config.get("model_type") not in ("clip", "clip_text_model"):
         raise ValueError(
             f"{path}: model_type={config.get('model_type')!r}, expected 'clip' or 'clip_text_model'"
@@ -142,16 +142,6 @@ def _text_config(path: Path) -> dict:
     return config
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON {type(content).__name__}, expected an object")
-    return content
-
-
 def _weights(folder: Path) -> Mapping[str, np.ndarray]:
     """Tensors by their PyTorch name, from the first format that the folder holds."""
     readers = {
@@ -164,7 +154,7 @@ def _weights(folder: Path) -> Mapping[str, np.ndarray]:
         if (folder / name).is_file():
             return read(folder / name)
         if index.is_file():
-            shards = sorted(set(_read_json(index)["weight_map"].values()))
+            shards = sorted(set(files.read_json(index)["weight_map"].values()))
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise FileNotFoundError(f"{index}: names {', '.join(missing)}, not found beside it")

@@ -18,7 +18,6 @@ nested Python lists, dozens of times slower.
 """
 
 import bisect
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -361,11 +360,8 @@ def _read_codebook(path, n_codes):
 
 def _read_json(path):
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return files.read_json(path)
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such file: expected a dataset in {path.parent}") from None
     except ValueError as error:
-        raise DatasetError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DatasetError(f"{path}: {type(value).__name__}: expected an object")
-    return value
+        raise DatasetError(str(error)) from None

@@ -6,7 +6,6 @@ on these videos can be graded without a person looking at its samples.
 """
 
 import colorsys
-import json
 import os
 from pathlib import Path
 
@@ -158,7 +157,7 @@ def write_dataset(
         "fps": fps,
         "n_captions": n_captions,
     }
-    _claim(folder, params)
+    files.record_settings(folder / "params.json", params)
     if (folder / "captions.json").exists():
         return False
 
@@ -222,19 +221,3 @@ def _background(rng, position_N):
     slope_x, slope_y = rng.uniform(-0.15, 0.15, 2)
     gradient_HW = (position_N - 0.5) * slope_x + (position_N[:, None] - 0.5) * slope_y
     return base_3 + gradient_HW[..., None]
-
-
-def _claim(folder, params):
-    """Records what the folder is made with, or checks that it is the same as before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "params.json"
-    if not path.exists():
-        files.write_json(path, params)
-        return
-    found = json.loads(path.read_text())
-    for name, value in params.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"{path}: made with {name}={found.get(name)!r}, but {name}={value!r} is asked for; "
-                "remove the folder or choose another one"
-            )

@@ -1,6 +1,6 @@
 """Grain input pipelines: batches of video clips for the VQ-VAE, of latents and text for the DiT.
 
-Each process loads its own places of every batch. The iterators have Grain's `get_state` and
+Each process loads its own indices of every batch. The iterators have Grain's `get_state` and
 `set_state`; the state is the number of batches drawn, so that a run goes on with the same batches
 on any number of processes.
 """
@@ -95,15 +95,15 @@ class ClipSource:
 
 
 def clips(
-    source: ClipSource, *, batch_size: int, seed: int, places: Sequence[int] | None = None
+    source: ClipSource, *, batch_size: int, seed: int, indices: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches {"video": uint8 (len(places), T, H, W, 3)}.
+    """Endless shuffled batches {"video": uint8 (len(indices), T, H, W, 3)}.
 
     The place of a video that cannot be used is taken by the next one that can.
 
     Args:
       batch_size: examples of a batch, over all processes.
-      places: the examples of each batch that this process loads; None means all.
+      indices: the examples of each batch that this process loads; None means all.
     """
 
     def load(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -111,7 +111,7 @@ def clips(
         return next(clip for clip in candidates if clip is not None)
 
     items = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
-    return _batches(items, load, batch_size=batch_size, seed=seed, places=places)
+    return _batches(items, load, batch_size=batch_size, seed=seed, indices=indices)
 
 
 def _batches(
@@ -120,14 +120,14 @@ def _batches(
     *,
     batch_size: int,
     seed: int,
-    places: Sequence[int] | None,
+    indices: Sequence[int] | None,
 ) -> grain.DatasetIterator:
-    """Batches of what `load` makes of items, of which only `places` are loaded.
+    """Batches of what `load` makes of items, of which only `indices` are loaded.
 
-    Items are allotted to places, and each place has its generator, before anything is loaded: all
+    Items are allotted to indices, and each place has its generator, before anything is loaded: all
     processes together load the same batch, in the same order, however many they are.
     """
-    chosen = range(batch_size) if places is None else places
+    chosen = range(batch_size) if indices is None else indices
 
     def load_places(batch: list[int], rng: np.random.Generator) -> dict[str, np.ndarray]:
         seeds = rng.integers(2**63, size=batch_size)
@@ -153,16 +153,16 @@ def latents(
     text_length: int,
     n_latent_frames: int,
     seed: int | None,
-    places: Sequence[int] | None = None,
+    indices: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """Batches of the dataset's `rows`: shuffled and endless with a seed, else in order and once.
 
     Each batch holds codes (B, T, H, W) int32, text (B, S, D) float32 and text_length (B,) int32,
-    B being the number of places.
+    B being the number of indices.
 
     Args:
       batch_size: examples of a batch, over all processes.
-      places: the examples of each batch that this process loads; None means all.
+      indices: the examples of each batch that this process loads; None means all.
       text_length: S; longer texts are cut.
       n_latent_frames: T; of longer latents a random window is taken (the first without a seed).
     """
@@ -180,7 +180,7 @@ def latents(
     items = grain.MapDataset.source(_Rows(rows, dataset))
     if seed is not None:
         items = items.shuffle(seed=seed).repeat()
-    return _batches(items, load, batch_size=batch_size, seed=seed or 0, places=places)
+    return _batches(items, load, batch_size=batch_size, seed=seed or 0, indices=indices)
 
 
 class _Rows:

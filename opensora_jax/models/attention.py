@@ -46,25 +46,25 @@ def attention(
     lengths_B: jax.Array | None = None,
     *,
     implementation: str = "xla",
-    divided_keys: bool = False,
+    sharded_keys: bool = False,
 ) -> jax.Array:
     """softmax(q k / sqrt(K)) v, softmax in float32 -> (B, N, H, K).
 
-    Queries come, and the result leaves, with tokens divided over the mesh's context axis. If keys
-    are divided as well, heads and tokens swap places around the attention, so that every device has
+    Queries come, and the result leaves, with tokens sharded over the mesh's context axis. If keys
+    are sharded as well, heads and tokens swap places around the attention, so that every device has
     whole sequences of some heads (DeepSpeed-Ulysses, arXiv:2309.14509).
 
     Args:
       lengths_B: int32, valid keys of each example (the first ones), at least one; None means all.
       implementation: a key of `BACKENDS`.
-      divided_keys: whether the keys' tokens are divided as the queries' are.
+      sharded_keys: whether the keys' tokens are sharded as the queries' are.
     """
-    divided = ("batch", "sequence", "heads", None)
-    if divided_keys:
-        q_BNHK, k_BSHK, v_BSHK = (mesh.constrain(x, *divided) for x in (q_BNHK, k_BSHK, v_BSHK))
+    sharded = ("batch", "sequence", "heads", None)
+    if sharded_keys:
+        q_BNHK, k_BSHK, v_BSHK = (mesh.constrain(x, *sharded) for x in (q_BNHK, k_BSHK, v_BSHK))
         q_axes = k_axes = ("batch", None, "swapped_heads", None)
     else:
-        q_axes, k_axes = divided, ("batch", None, "heads", None)
+        q_axes, k_axes = sharded, ("batch", None, "heads", None)
     args, axes = [q_BNHK, k_BSHK, v_BSHK], [q_axes, k_axes, k_axes]
     args = [mesh.constrain(x, *names) for x, names in zip(args, axes, strict=True)]
     if lengths_B is not None:
@@ -77,7 +77,7 @@ def attention(
         kernel = {"cudnn": _cudnn, "splash": _splash}[implementation]
         out_BNHK = mesh.shard_map(kernel, *axes)(*args)
     out_BNHK = mesh.constrain(out_BNHK, *q_axes)
-    return mesh.constrain(out_BNHK, *divided)
+    return mesh.constrain(out_BNHK, *sharded)
 
 
 def _cudnn(q, k, v, lengths=None):
@@ -148,7 +148,7 @@ def _attention_matmul(q_BNHK, k_BSHK, v_BSHK, lengths_B):
 
     XLA's CPU matmuls slow down by half on those; this takes half the time of `_attention_xla`.
     The halves of a batch need nothing of each other, so that one's softmax runs beside the other's
-    matmuls: 3% to 6% of a train step. A batch that is divided over devices stays as it is.
+    matmuls: 3% to 6% of a train step. A batch that is sharded over devices stays as it is.
     """
     n = min(2, len(q_BNHK)) if mesh.size() == 1 else 1
 

@@ -30,7 +30,7 @@ class Block(nnx.Module):
     def __init__(
         self,
         width: int,
-        n_heads: int,
+        heads: int,
         mlp_width: int,
         activation: str,
         norm_epsilon: float,
@@ -51,12 +51,12 @@ class Block(nnx.Module):
         self.mlp_norm = norm()
         self.mlp_in = dense(width, mlp_width)
         self.mlp_out = dense(mlp_width, width)
-        self.n_heads = n_heads
+        self.heads = heads
         self.activation = activation
 
     def __call__(self, x_TD: jax.Array, mask_BS: jax.Array) -> jax.Array:
         def heads(x_TD):
-            return x_TD.reshape(*mask_BS.shape, self.n_heads, -1)
+            return x_TD.reshape(*mask_BS.shape, self.heads, -1)
 
         h_TD = self.attention_norm(x_TD)
         attended_BSNH = jax.nn.dot_product_attention(
@@ -76,9 +76,9 @@ class ClipText(nnx.Module):
 
     Args:
         vocab_size: number of token ids.
-        width: size of the features, a multiple of `n_heads`.
+        width: size of the features, a multiple of `heads`.
         depth: number of transformer blocks.
-        n_heads: attention heads.
+        heads: attention heads.
         mlp_width: hidden size of the MLPs.
         max_length: number of learned positions, the longest sequence.
         activation: a key of `ACTIVATIONS`.
@@ -92,7 +92,7 @@ class ClipText(nnx.Module):
         vocab_size: int,
         width: int,
         depth: int,
-        n_heads: int,
+        heads: int,
         mlp_width: int,
         max_length: int,
         *,
@@ -101,8 +101,8 @@ class ClipText(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if width % n_heads:
-            raise ValueError(f"width={width}: not divisible by n_heads={n_heads}")
+        if width % heads:
+            raise ValueError(f"width={width}: not divisible by heads={heads}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: expected one of {sorted(ACTIVATIONS)}")
         self.vocab_size = vocab_size
@@ -116,7 +116,7 @@ class ClipText(nnx.Module):
         @nnx.split_rngs(splits=depth)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
         def stacked_blocks(rngs):
-            return Block(width, n_heads, mlp_width, activation, norm_epsilon, dtype, rngs)
+            return Block(width, heads, mlp_width, activation, norm_epsilon, dtype, rngs)
 
         self.blocks = stacked_blocks(rngs)
         self.final_norm = nnx.LayerNorm(

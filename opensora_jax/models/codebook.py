@@ -16,7 +16,7 @@ def nearest_codes(z_ND: jax.Array, codebook_KD: jax.Array, block: int = 256) -> 
     """Index (N,) int32 of the nearest code in Euclidean distance, the first of equals.
 
     |z|^2 is left out, being the same for all codes. Codes go in blocks, so that only N x `block`
-    distances are in memory at a time, and positions may be divided over devices.
+    distances are in memory at a time, and positions may be sharded over devices.
     """
     block = min(block, len(codebook_KD))
     z_ND, codebook_KD = z_ND.astype(jnp.float32), codebook_KD.astype(jnp.float32)

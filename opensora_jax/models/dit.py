@@ -98,7 +98,7 @@ class Attention(nnx.Module):
             v,
             lengths_B,
             implementation=self.implementation,
-            divided_keys=context_BSD is None,
+            sharded_keys=context_BSD is None,
         )
         return self.out(out_BNHK.reshape(x_BND.shape))
 
@@ -118,8 +118,11 @@ class MLP(nnx.Module):
 def modulate(x_BND: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
     """Layer normalization with shift and scale given by the condition."""
     n = x_BND.shape[1]
-    scale_BND, shift_BND = layers.over_tokens(1 + scale_BD, n), layers.over_tokens(shift_BD, n)
-    return divide_tokens(layers.layer_normalize(x_BND) * scale_BND + shift_BND)
+    scale_BND, shift_BND = (
+        layers.broadcast_to_tokens(1 + scale_BD, n),
+        layers.broadcast_to_tokens(shift_BD, n),
+    )
+    return shard_tokens(layers.layer_normalize(x_BND) * scale_BND + shift_BND)
 
 
 def split_modulation(modulation_BM: jax.Array, n: int) -> list[jax.Array]:
@@ -127,8 +130,8 @@ def split_modulation(modulation_BM: jax.Array, n: int) -> list[jax.Array]:
     return [constrain(part_BD, "batch", None) for part_BD in jnp.split(modulation_BM, n, axis=-1)]
 
 
-def divide_tokens(x_BND: jax.Array) -> jax.Array:
-    """x with examples and tokens divided over devices and features whole."""
+def shard_tokens(x_BND: jax.Array) -> jax.Array:
+    """x with examples and tokens sharded over devices and features whole."""
     return constrain(x_BND, "batch", "sequence", None)
 
 
@@ -175,14 +178,14 @@ class Block(nnx.Module):
             modulate(x_BND, shift_a, scale_a), angles_NK=angles_NK, lengths_B=lengths_B
         )
         n = x_BND.shape[1]
-        x_BND = divide_tokens(x_BND + layers.over_tokens(gate_a, n) * h)
+        x_BND = shard_tokens(x_BND + layers.broadcast_to_tokens(gate_a, n) * h)
         if self.cross_attention is not None:
             h = self.cross_attention(
-                divide_tokens(layers.layer_normalize(x_BND)), text_BSD, lengths_B=text_lengths_B
+                shard_tokens(layers.layer_normalize(x_BND)), text_BSD, lengths_B=text_lengths_B
             )
-            x_BND = divide_tokens(x_BND + h)
+            x_BND = shard_tokens(x_BND + h)
         h = self.mlp(modulate(x_BND, shift_m, scale_m))
-        return divide_tokens(x_BND + layers.over_tokens(gate_m, n) * h)
+        return shard_tokens(x_BND + layers.broadcast_to_tokens(gate_m, n) * h)
 
 
 class DiT(nnx.Module):
@@ -308,7 +311,7 @@ class DiT(nnx.Module):
             x_BND = jnp.concatenate([x_BND, text_BSD], axis=1)
             if angles_NK is not None:  # text does not turn
                 angles_NK = jnp.pad(angles_NK, ((0, text_BSD.shape[1]), (0, 0)))
-        x_BND = divide_tokens(x_BND)
+        x_BND = shard_tokens(x_BND)
         graph, blocks = nnx.split(self.blocks)
 
         def block(x_BND, weights):

@@ -39,11 +39,11 @@ def mean_of_rows(x_NF: jax.Array) -> jax.Array:
     return jnp.dot(ones, x_NF, precision=jax.lax.Precision.HIGHEST) / x_NF.shape[0]
 
 
-def as_rows(x: jax.Array) -> jax.Array:
+def flatten_tokens(x: jax.Array) -> jax.Array:
     """x with all but the last dimension flattened, for matmuls whose weight gradient is then one
     plain matmul: on CPU twice as fast as the contraction over two dimensions.
 
-    Where tokens are divided over devices it is x itself: rows of examples and tokens that are both
+    Where tokens are sharded over devices it is x itself: rows of examples and tokens that are both
     divided would have to be gathered.
     """
     return x if mesh.size("context") > 1 else x.reshape(-1, x.shape[-1])
@@ -56,7 +56,7 @@ def add_bias(x: jax.Array, bias_F: jax.Array) -> jax.Array:
 
 
 def _add_bias_backward(_, dy):
-    rows = as_rows(dy)
+    rows = flatten_tokens(dy)
     if rows.ndim > 2:
         return dy, jnp.sum(rows, axis=range(rows.ndim - 1))
     return dy, mean_of_rows(rows) * rows.shape[0]
@@ -66,18 +66,20 @@ add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def over_tokens(x_BD: jax.Array, n: int) -> jax.Array:
+def broadcast_to_tokens(x_BD: jax.Array, n: int) -> jax.Array:
     """x for each of n tokens, (B, n, D); the gradient's sum over tokens is a matmul."""
     return jnp.broadcast_to(x_BD[:, None], (x_BD.shape[0], n, x_BD.shape[1]))
 
 
-def _over_tokens_backward(n, _, dy_BND):
+def _broadcast_to_tokens_backward(n, _, dy_BND):
     ones = jnp.ones((dy_BND.shape[0], 1, n), dy_BND.dtype)
     dx = jnp.matmul(ones, dy_BND, preferred_element_type=jnp.float32)
     return (dx[:, 0].astype(dy_BND.dtype),)
 
 
-over_tokens.defvjp(lambda x_BD, n: (over_tokens(x_BD, n), None), _over_tokens_backward)
+broadcast_to_tokens.defvjp(
+    lambda x_BD, n: (broadcast_to_tokens(x_BD, n), None), _broadcast_to_tokens_backward
+)
 
 
 class BatchNorm(nnx.Module):
@@ -128,8 +130,8 @@ class Dense(nnx.Module):
         self.axes, self.dtype = axes, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Features are divided as the kernel is over tensor.
-        rows = constrain(as_rows(x).astype(self.dtype), ..., self.axes[0])
+        # Features are sharded as the kernel is over tensor.
+        rows = constrain(flatten_tokens(x).astype(self.dtype), ..., self.axes[0])
         kernel = mesh.gather(self.kernel[...].astype(self.dtype), self.axes)
         y = constrain(rows @ kernel, ..., self.axes[1])
         if self.bias is not None:
@@ -186,7 +188,7 @@ def sinusoidal_positions(grid: tuple[int, int, int], width: int) -> jax.Array:
 def rotary_angles(grid: tuple[int, int, int], head_dim: int, base: float = 100.0) -> jax.Array:
     """Angles (N, head_dim // 2) of 3-D rotary positions for a (T, H, W) grid of tokens.
 
-    The pairs of a head are divided over time, height and width, what is left over going to time
+    The pairs of a head are sharded over time, height and width, what is left over going to time
     (RoFormer, arXiv:2104.09864, one axis at a time). `base` is small because grids are short.
     """
     pairs = head_dim // 2

@@ -10,13 +10,14 @@ from ml_collections import ConfigDict
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
+from opensora_jax.build import training as build
+from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert.dit import open_blocks
 from opensora_jax.data import dataset, pipeline
 from opensora_jax.data.dataset import LatentDataset
-from opensora_jax.generation import Generator
-from opensora_jax.stages import common
+from opensora_jax.inference.generator import Generator
 from opensora_jax.tasks.dit import DiTTask, Latents
-from opensora_jax.train import checkpoint, loop
+from opensora_jax.train import loop
 from opensora_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     rows, validation_rows = _usable_rows(data, n_frames, c.validation_share)
     grid = (n_frames, *(int(n) for n in data.latent_shapes[0, 1:]))
     latents = Latents(data.codebook, data.code_counts)
-    training = common.dit_training(
+    training = build.dit_training(
         config,
         latents,
         grid=grid,
@@ -55,11 +56,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
     )
     task = training.task
     mesh = mesh_lib.make_mesh(config.mesh)
-    common.check_sequence(c, mesh, grid, text_length)
+    build.check_sequence(c, mesh, grid, text_length)
     start_from = dict
     if c.init_from:  # checked before the folder is claimed, so that sizes can still be changed
-        start_from = open_blocks(c.init_from, common.dit_maker(training.dit, dtype=c.dtype))
-    checkpoint.claim(
+        start_from = open_blocks(c.init_from, build.dit_maker(training.dit, dtype=c.dtype))
+    checkpoint.record_model(
         folder,
         {
             "dit": training.dit,
@@ -70,7 +71,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             **{k: data.metadata[k] for k in ("vqvae", "text_model", "fps", "downsample")},
         },
     )
-    if common.is_trained(folder, c.steps):
+    if build.is_trained(folder, c.steps):
         logger.info("dit: %s: done already", folder)
         return
 
@@ -81,7 +82,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             text_length=text_length,
             n_latent_frames=n_frames,
             seed=seed,
-            **common.process_share(mesh, c.batch_size),
+            **build.local_share(mesh, c.batch_size),
         )
 
     evaluations = []
@@ -102,9 +103,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
         settings=training.settings,
         evaluations=evaluations,
         start_from=start_from,
-        config=common.recorded(config, "dit"),
+        config=build.recorded(config, "dit"),
     )
-    common.mark_trained(folder, c.steps)
+    build.mark_trained(folder, c.steps)
 
 
 def _usable_rows(

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from opensora_jax.data import moving_shapes
 from opensora_jax.files import write_json
-from opensora_jax.generation import Generator
+from opensora_jax.inference.generator import Generator
 from opensora_jax.metrics import shapes
 
 logger = logging.getLogger(__name__)

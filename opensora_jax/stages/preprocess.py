@@ -8,22 +8,20 @@ import hashlib
 import os
 import shlex
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from opensora_jax import encoders
+from opensora_jax import files
 from opensora_jax.data import dataset, video_io
 from opensora_jax.data.captions import read_captions
-from opensora_jax.tasks.vqvae import to_float
+from opensora_jax.inference.small_text_model import make_small_text_model
+from opensora_jax.inference.text_encoder import TextEncoder
+from opensora_jax.inference.tokenizer import WindowEncoder, fingerprint, load_tokenizer
 
 _MOST_NAMES = 50  # of left-out videos on the screen; metadata.json names all
 
@@ -53,7 +51,7 @@ def run(config, workdir: str | os.PathLike) -> None:
             "initialised one that knows the words of the captions; nothing is downloaded"
         )
         words = [caption for entry in read_captions(captions) for caption in entry["captions"]]
-        encoders.make_small_text_model(text_model, words)
+        make_small_text_model(text_model, words)
     preprocess(
         captions,
         data.videos or workdir / "shapes" / "train" / "videos",
@@ -92,7 +90,7 @@ def preprocess(
 
     Args:
       captions: the captions file; `videos`: the folder that its file names are relative to.
-      vqvae: what `encoders.load_vqvae` reads; `text_model`: what `encoders.TextEncoder` reads.
+      vqvae: what `load_tokenizer` reads; `text_model`: what `TextEncoder` reads.
       resolution: height and width in pixels that videos are resized and cropped to.
       fps: frames per second that videos are resampled to; None keeps each video's own rate.
       max_frames: a video with more frames than this (before resampling) is filtered.
@@ -115,7 +113,7 @@ def preprocess(
         raise PreprocessError(
             f"videos={videos}: none of the captions' videos is there, not {first}"
         )
-    model = encoders.load_vqvae(vqvae)
+    model = load_tokenizer(vqvae)
     window = window or model.n_frames
     settings = {
         "captions_sha256": _sha256(captions),
@@ -132,7 +130,7 @@ def preprocess(
     if _is_done(output, settings):
         print(f"preprocess: {output}: done already")
         return
-    text_encoder = encoders.TextEncoder(text_model)
+    text_encoder = TextEncoder(text_model)
     metadata = {
         "complete": False,
         "command": _command(captions, videos, output, vqvae, text_model, settings),
@@ -150,22 +148,12 @@ def preprocess(
     _finish(output, metadata, records, np.asarray(model.codebook))
 
 
-def fingerprint(model: nnx.Module) -> str:
-    """A hash of all parameters: the same for equal models, wherever they lie."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _write_parts(entries, videos, output, model, text_encoder, settings, batch_size):
     """Writes the parts that are still missing; returns the records of all."""
     records = dataset.read_records(output)
     videos_per_part = settings["videos_per_part"]
     todo = entries[len(records) * videos_per_part :]
-    encode = _WindowEncoder(model, settings["window"], batch_size)
+    encode = WindowEncoder(model, settings["window"], batch_size)
     features = _CaptionFeatures(text_encoder.encode, todo)
     n_codes = len(model.codebook)
     n_threads = min(16, os.cpu_count() or 1)
@@ -242,50 +230,6 @@ def _read_clip(folder: Path, file: str, settings: dict, t_downsample: int):
     return frames_THWC[: len(frames_THWC) // t_downsample * t_downsample], fps
 
 
-@partial(jax.jit, static_argnums=0)
-def _encode(graph, state, video_BTHWC):
-    return nnx.merge(graph, state).encode(to_float(video_BTHWC))
-
-
-class _WindowEncoder:
-    """Codes of videos of any length with one compilation: windows and batches are padded."""
-
-    def __init__(self, model: nnx.Module, window: int, batch_size: int):
-        devices = jax.local_devices()
-        mesh = Mesh(devices, ("data",))
-        self._window = window
-        self._batch_size = -(-batch_size // len(devices)) * len(devices)
-        self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
-        self._graph, state = nnx.split(model)
-        self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-
-    def __call__(self, videos: Iterable[np.ndarray]) -> list[np.ndarray]:
-        """uint8 (T, H, W, 3), T a multiple of the temporal downsampling -> codes (t, h, w) each."""
-        codes, windows, owners = [], [], []
-        for i, video_THWC in enumerate(videos):
-            codes.append([])
-            for start in range(0, len(video_THWC), self._window):
-                windows.append(video_THWC[start : start + self._window])
-                owners.append(i)
-                if len(windows) == self._batch_size:
-                    self._encode_batch(windows, owners, codes)
-        if windows:
-            self._encode_batch(windows, owners, codes)
-        return [np.concatenate(pieces) for pieces in codes]
-
-    def _encode_batch(self, windows, owners, codes):
-        batch_BTHWC = np.zeros((self._batch_size, self._window, *windows[0].shape[1:]), np.uint8)
-        for row, window_THWC in zip(batch_BTHWC, windows, strict=False):
-            row[: len(window_THWC)] = window_THWC
-            row[len(window_THWC) :] = window_THWC[-1]
-        batch_BTHWC = jax.device_put(batch_BTHWC, self._batch_sharding)
-        codes_Bthw = np.asarray(_encode(self._graph, self._state, batch_BTHWC))
-        for i, window_THWC, codes_thw in zip(owners, windows, codes_Bthw, strict=False):
-            codes[i].append(codes_thw[: len(window_THWC) * len(codes_thw) // self._window])
-        windows.clear()
-        owners.clear()
-
-
 class _CaptionFeatures:
     """Text features, computed once per distinct caption and kept until its last use."""
 
@@ -338,13 +282,7 @@ def _is_done(output, settings):
     if not path.exists():
         return False
     metadata = dataset.read_metadata(output)
-    found = metadata.get("settings", {})
-    for key, value in settings.items():
-        if found.get(key) != value:
-            raise PreprocessError(
-                f"{path}: made with {key}={found.get(key)!r}, but {key}={value!r} is asked for: "
-                "remove the folder or choose another one"
-            )
+    files.expect_settings(path, settings, metadata.get("settings", {}))
     return metadata["complete"]
 
 
@@ -358,8 +296,8 @@ def _text_model_identity(text_model):
     folder = Path(text_model)
     if not folder.is_dir():
         return str(text_model)
-    files = (path for path in sorted(folder.iterdir()) if path.is_file())
-    contents = " ".join(f"{path.name} {_sha256(path)}" for path in files)
+    paths = (path for path in sorted(folder.iterdir()) if path.is_file())
+    contents = " ".join(f"{path.name} {_sha256(path)}" for path in paths)
     return hashlib.sha256(contents.encode()).hexdigest()[:16]
 
 

@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 
 from opensora_jax import files
 from opensora_jax import mesh as mesh_lib
+from opensora_jax.build import training as build
+from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import pipeline, video_io
 from opensora_jax.metrics import pixel, shapes
-from opensora_jax.stages import common
 from opensora_jax.tasks.vqvae import VQVAETask
-from opensora_jax.train import checkpoint, loop
+from opensora_jax.train import loop
 from opensora_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     c = config.vqvae
     folder = epath.Path(workdir) / "vqvae"
-    make_model = common.vqvae_maker(c)
+    make_model = build.vqvae_maker(c)
     task = VQVAETask(make_model, (int(c.quantize_from * c.steps), int(c.quantize_to * c.steps)))
-    checkpoint.claim(folder, task.arguments)
-    if common.is_trained(folder, c.steps):
+    checkpoint.record_model(folder, task.arguments)
+    if build.is_trained(folder, c.steps):
         logger.info("vqvae: %s: done already", folder)
         return
     videos = Path(config.data.videos or Path(workdir) / "shapes" / "train" / "videos")
@@ -54,9 +55,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
             f"at least vqvae.n_frames={c.n_frames} frames"
         )
     mesh = mesh_lib.make_mesh(config.mesh)
-    batches = pipeline.clips(source, seed=config.seed, **common.process_share(mesh, c.batch_size))
+    batches = pipeline.clips(source, seed=config.seed, **build.local_share(mesh, c.batch_size))
     held_out = HeldOut(config, workdir, source)
-    tx, schedule = common.optimizer(c)
+    tx, schedule = build.optimizer(c)
     loop.fit(
         task,
         tx,
@@ -64,11 +65,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
         batches,
         mesh=mesh,
         folder=folder,
-        settings=common.settings(c, config.seed, tokens_per_step=_tokens(c)),
+        settings=build.settings(c, config.seed, tokens_per_step=_tokens(c)),
         evaluations=[loop.Evaluation(c.eval_every, lambda state: held_out(task, state, folder))],
-        config=common.recorded(config, "vqvae"),
+        config=build.recorded(config, "vqvae"),
     )
-    common.mark_trained(folder, c.steps)
+    build.mark_trained(folder, c.steps)
 
 
 def _tokens(c: ConfigDict) -> int:

@@ -16,7 +16,7 @@ PyTree = Any
 
 
 def to_float(video: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-0.5, 0.5], with videos divided over devices."""
+    """uint8 -> float32 in [-0.5, 0.5], with videos sharded over devices."""
     video = mesh_lib.constrain(video, "clip", None, None, None, None)
     return video.astype(jnp.float32) / 255.0 - 0.5
 

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
+from opensora_jax.checkpoint.manager import Best, Checkpoints, broadcast_from_first
+from opensora_jax.train import metrics_log, monitor, summary
 from opensora_jax.train import state as state_lib
-from opensora_jax.train import summary, watch, writer
-from opensora_jax.train.checkpoint import Best, Checkpoints, agreed
 from opensora_jax.train.preemption import Preempted, Preemption
 from opensora_jax.train.state import Task, TrainState
 from opensora_jax.train.step import Metrics, Settings, jit_train_step
@@ -80,7 +80,7 @@ def fit(
         contextlib.closing(Checkpoints(folder, config=config, **kept)) as checkpoints,
         contextlib.closing(Best(folder)) as best,
     ):
-        window = watch.Window(settings)
+        window = monitor.Window(settings)
         with preemption.interruptible():
             if checkpoints.latest_step is None:
                 key = rngs.key(settings.seed, "init")
@@ -94,7 +94,7 @@ def fit(
         shardings = jax.tree.map(lambda x: x.sharding, state)
         update = jit_train_step(task, tx, schedule, settings, shardings)
         first = int(state.step)
-        log = writer.MetricsWriter(folder, first)
+        log = metrics_log.MetricsWriter(folder, first)
         with tqdm(
             total=settings.steps,
             initial=first,
@@ -114,7 +114,7 @@ def fit(
                 log=log,
                 progress=progress,
                 window=window,
-                health=watch.Health(settings),
+                health=monitor.Health(settings),
             )
             return loop.run(state)
 
@@ -131,15 +131,15 @@ class _Loop:
     preemption: Preemption
     checkpoints: Checkpoints
     best: Best
-    log: writer.MetricsWriter
+    log: metrics_log.MetricsWriter
     progress: tqdm
-    window: watch.Window
-    health: watch.Health
+    window: monitor.Window
+    health: monitor.Health
 
     def run(self, state: TrainState) -> TrainState:
         """The state after the last step."""
         settings, first = self.settings, int(state.step)
-        if first and not agreed(self.log.has(first, EVALUATED)):
+        if first and not broadcast_from_first(self.log.has(first, EVALUATED)):
             self._evaluate(first, state)  # stopped between checkpoint and evaluations
         if first < settings.steps:
             batch = self.window.timed(self._draw)
@@ -177,7 +177,7 @@ class _Loop:
         self.log.write(step, values)
         self.progress.set_postfix(loss=f"{values['loss']:.4f}")
         self.progress.update(step - self.progress.n)
-        self.health.look(step, steps, self.checkpoints.latest_step)
+        self.health.check(step, steps, self.checkpoints.latest_step)
         self.checkpoints.check()
 
     def _save(self, step: int, state: TrainState, data_state: Any) -> None:
@@ -196,5 +196,5 @@ class _Loop:
         seconds = time.perf_counter() - start
         self.window.pause(seconds)
         if VALIDATION_LOSS in values:
-            self.best.offer(step, values[VALIDATION_LOSS], state)
+            self.best.save_if_better(step, values[VALIDATION_LOSS], state)
         self.log.write(step, {**values, EVALUATED: seconds})

@@ -36,7 +36,7 @@ def data(tmp_path_factory):
     return dataset.open_dataset(folder)
 
 
-def latents(data, places=None, seed=0):
+def latents(data, indices=None, seed=0):
     return pipeline.latents(
         data,
         np.arange(N_ROWS),
@@ -44,7 +44,7 @@ def latents(data, places=None, seed=0):
         text_length=3,
         n_latent_frames=3,
         seed=seed,
-        places=places,
+        indices=indices,
     )
 
 
@@ -85,7 +85,7 @@ def test_a_process_reads_only_its_places(data, monkeypatch):
     monkeypatch.setattr(
         dataset.LatentDataset, "__getitem__", lambda self, i: read.append(i) or get(self, i)
     )
-    batches = latents(data, places=[2, 5])
+    batches = latents(data, indices=[2, 5])
     rows = row_numbers(draw(batches, 3)).reshape(-1)
     # Some batches more are read ahead.
     assert set(rows) <= set(read)
@@ -94,7 +94,7 @@ def test_a_process_reads_only_its_places(data, monkeypatch):
 
 def test_the_state_goes_on_with_the_same_batches_on_other_processes(data):
     whole = draw(latents(data), 6)
-    first = latents(data, places=[0, 1, 2, 3])
+    first = latents(data, indices=[0, 1, 2, 3])
     draw(first, 2)
     state = first.get_state()
     assert state == {"next_index": 2}
@@ -124,9 +124,9 @@ def videos(tmp_path_factory):
     return folder
 
 
-def clips(videos, places=None):
+def clips(videos, indices=None):
     source = pipeline.ClipSource(pipeline.find_videos(videos), n_frames=4, resolution=16)
-    return pipeline.clips(source, batch_size=6, seed=0, places=places)
+    return pipeline.clips(source, batch_size=6, seed=0, indices=indices)
 
 
 def test_a_video_that_cannot_be_used_gives_its_place_to_the_next(videos, caplog):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from opensora_jax import encoders
 from opensora_jax.data import dataset, moving_shapes
-from opensora_jax.stages.preprocess import fingerprint, preprocess
+from opensora_jax.inference.small_text_model import make_small_text_model
+from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer, save_tokenizer
+from opensora_jax.stages.preprocess import preprocess
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -45,7 +46,7 @@ def imported(tmp_path_factory):
 
 def test_same_codes_as_the_original(imported):
     golden = np.load(GOLDEN / "videogpt_stride4x4x4.npz")
-    model = encoders.load_vqvae(imported)
+    model = load_tokenizer(imported)
     codes = nnx.jit(type(model).encode)(model, golden["video"])
     np.testing.assert_array_equal(codes, golden["codes"])
     assert (model.downsample, model.n_frames) == ((4, 4, 4), 8)
@@ -62,13 +63,13 @@ def test_preprocessing_takes_it_for_the_same_model(imported, tmp_path):
         fps=8,
         n_captions=1,
     )
-    encoders.make_small_text_model(tmp_path / "text", ["a red circle"])
+    make_small_text_model(tmp_path / "text", ["a red circle"])
     arguments = [tmp_path / "shapes" / "captions.json", tmp_path / "shapes" / "videos"]
     options = {"text_model": tmp_path / "text", "resolution": 16}
     preprocess(*arguments, tmp_path / "dataset", vqvae=imported, **options)
     found = dataset.open_dataset(tmp_path / "dataset")
     assert found.metadata["counts"]["kept"] == 2
-    direct = encoders.load_vqvae(CHECKPOINT)
+    direct = load_tokenizer(CHECKPOINT)
     assert found.metadata["vqvae_fingerprint"] == fingerprint(direct)
     np.testing.assert_array_equal(found.codebook, direct.codebook)
 
@@ -77,7 +78,7 @@ def test_again_changes_nothing(imported):
     before = files(imported)
     model, is_new = import_videogpt(CHECKPOINT, imported)
     assert not is_new
-    assert fingerprint(model) == fingerprint(encoders.load_vqvae(imported))
+    assert fingerprint(model) == fingerprint(load_tokenizer(imported))
     assert files(imported) == before
 
 
@@ -85,7 +86,7 @@ def test_an_interrupted_import_goes_on(imported, tmp_path):
     (tmp_path / "model.json").write_bytes((imported / "model.json").read_bytes())
     _, is_new = import_videogpt(CHECKPOINT, tmp_path)
     assert is_new
-    assert fingerprint(encoders.load_vqvae(tmp_path)) == fingerprint(encoders.load_vqvae(imported))
+    assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(load_tokenizer(imported))
 
 
 def test_a_folder_with_another_model_is_refused(imported):
@@ -97,9 +98,9 @@ def test_a_folder_with_another_model_is_refused(imported):
 
 
 def test_the_same_sizes_with_other_weights_are_another_model(imported, tmp_path):
-    changed = encoders.load_vqvae(imported)
+    changed = load_tokenizer(imported)
     changed.codebook_state.embeddings[...] = changed.codebook + 1
-    encoders.save_vqvae(tmp_path, changed)
+    save_tokenizer(tmp_path, changed)
     with pytest.raises(ValueError, match="holds another model"):
         import_videogpt(CHECKPOINT, tmp_path)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opensora_jax import encoders
 from opensora_jax.data import dataset, moving_shapes, video_io
-from opensora_jax.train.writer import read_metrics
+from opensora_jax.inference.small_text_model import make_small_text_model
+from opensora_jax.train.metrics_log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "tests" / "golden" / "videogpt_stride4x4x4.ckpt"
@@ -74,7 +74,7 @@ def world(tmp_path_factory):
     """What the commands leave: MSRVTT/, msrvtt/, text/, dataset/, run/ and the last's output."""
     folder = tmp_path_factory.mktemp("pipeline")
     captions = make_archive(folder / "MSRVTT")
-    encoders.make_small_text_model(folder / "text", captions)
+    make_small_text_model(folder / "text", captions)
     run("data_prep/collate_msrvtt.py", "-d", folder / "MSRVTT", "-o", folder / "msrvtt")
     train = folder / "msrvtt" / "train"
     data = ["-c", train / "annotations.json", "-v", train / "videos", "-o", folder / "dataset"]

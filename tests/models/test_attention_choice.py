@@ -77,17 +77,17 @@ def test_blocks_cover_with_little_padding(n):
     assert -n % block < 128 * -(-n // 512)
 
 
-@pytest.mark.parametrize("divided_keys", [False, True])
-def test_divided_attention_is_attention(divided_keys):
+@pytest.mark.parametrize("sharded_keys", [False, True])
+def test_divided_attention_is_attention(sharded_keys):
     mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 1, "context": 2, "tensor": 2})
-    s = 6 if divided_keys else 5
+    s = 6 if sharded_keys else 5
     q, k, v = (
         np.random.default_rng(i).normal(size=(4, n, 4, 8)).astype(np.float32)
         for i, n in enumerate((6, s, s))
     )
     lengths = np.array([1, 2, 5, 3], np.int32)
     expected = attention_lib.attention(q, k, v, lengths)
-    divided = jax.jit(functools.partial(attention_lib.attention, divided_keys=divided_keys))
+    divided = jax.jit(functools.partial(attention_lib.attention, sharded_keys=sharded_keys))
     with jax.set_mesh(mesh):
         out = divided(q, k, v, lengths)
     np.testing.assert_allclose(out, expected, atol=1e-6)

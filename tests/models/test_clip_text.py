@@ -19,7 +19,7 @@ def golden():
 
 
 def small(**options):
-    sizes = {"vocab_size": 11, "width": 8, "depth": 3, "n_heads": 2, "mlp_width": 16}
+    sizes = {"vocab_size": 11, "width": 8, "depth": 3, "heads": 2, "mlp_width": 16}
     return ClipText(**sizes, max_length=6, rngs=nnx.Rngs(0), **options)
 
 
@@ -77,5 +77,5 @@ def test_shapes_are_checked():
         model(np.zeros((1, 7), int), np.ones((1, 7), int))
     with pytest.raises(ValueError, match="attention_mask"):
         model(np.zeros((1, 4), int), np.ones((1, 3), int))
-    with pytest.raises(ValueError, match="n_heads=3"):
+    with pytest.raises(ValueError, match="heads=3"):
         ClipText(11, 8, 1, 3, 16, 6, rngs=nnx.Rngs(0))

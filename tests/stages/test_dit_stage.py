@@ -13,17 +13,20 @@ import pytest
 from flax import nnx
 
 from configs import default
-from opensora_jax import encoders, rngs
 from opensora_jax import mesh as mesh_lib
+from opensora_jax import rngs
+from opensora_jax.build import training as build
+from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert import torch_file
 from opensora_jax.convert.dit import open_blocks
 from opensora_jax.data import dataset
 from opensora_jax.data.dataset import write_part
-from opensora_jax.generation import Generator
-from opensora_jax.stages import common
+from opensora_jax.inference.generator import Generator
+from opensora_jax.inference.small_text_model import make_small_text_model
+from opensora_jax.inference.text_encoder import TextEncoder
+from opensora_jax.inference.tokenizer import decode, load_tokenizer
 from opensora_jax.stages import dit as stage
 from opensora_jax.tasks.dit import Latents
-from opensora_jax.train import checkpoint
 from opensora_jax.train import state as state_lib
 
 ROOT = Path(__file__).parents[2]
@@ -107,8 +110,8 @@ def test_weights_and_averages_start_from_the_checkpoint_and_are_divided():
     config = make_config("", optimizer="muon", steps=10)
     latents = Latents(np.eye(DIM, dtype=np.float32), np.ones(DIM))
     sizes = {"grid": (2, 4, 4), "text_length": 3, "text_width": TEXT_WIDTH}
-    training = common.dit_training(config, latents, **sizes)
-    blocks = open_blocks(CHECKPOINT, common.dit_maker(training.dit, dtype="float32"))()
+    training = build.dit_training(config, latents, **sizes)
+    blocks = open_blocks(CHECKPOINT, build.dit_maker(training.dit, dtype="float32"))()
     mesh = mesh_lib.make_mesh(config.mesh)
     state, shardings = state_lib.create(
         training.task, training.tx, mesh, rngs.key(0, "init"), blocks
@@ -141,8 +144,8 @@ def restore(workdir, like):
 @pytest.mark.slow
 def test_a_resumed_training_does_not_start_again(data, tmp_path):
     stage.run(make_config(data, steps=3, learning_rate=0.01), tmp_path)
-    arguments = checkpoint.read_description(tmp_path / "dit")["dit"]
-    model = nnx.eval_shape(lambda: common.dit_maker(arguments, dtype="float32")(nnx.Rngs(0)))
+    arguments = checkpoint.read_model(tmp_path / "dit")["dit"]
+    model = nnx.eval_shape(lambda: build.dit_maker(arguments, dtype="float32")(nnx.Rngs(0)))
     like = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     step, trained = restore(tmp_path, like)
     assert step == 3
@@ -178,8 +181,8 @@ def write_two_videos(folder):
     """
     captions = ["a red circle", "a blue square"]
     codes = np.random.default_rng(1).integers(N_CODES, size=(2, 1, 2, 2))
-    encoders.make_small_text_model(folder / "text", captions, width=TEXT_WIDTH, depth=1, n_heads=1)
-    features = encoders.TextEncoder(folder / "text").encode(captions)
+    make_small_text_model(folder / "text", captions, width=TEXT_WIDTH, depth=1, heads=1)
+    features = TextEncoder(folder / "text").encode(captions)
     rows = [
         {
             "video_file": f"{caption}.mp4",
@@ -227,12 +230,12 @@ def test_ddpm_learns_two_videos_and_samples_them(tmp_path):
     videos = generator.sample(
         captions * 4, params=generator.restore(folder), steps=30, guidance=1.0, seed=0
     )
-    expected = encoders.decode(encoders.load_vqvae(VQVAE_PATH), codes)
+    expected = decode(load_tokenizer(VQVAE_PATH), codes)
     assert (expected[0] != expected[1]).any()
     same = (videos == np.tile(expected, (4, 1, 1, 1, 1))).all(axis=(1, 2, 3, 4))
     assert same.sum() >= 6
 
-    description = checkpoint.read_description(folder)
+    description = checkpoint.read_model(folder)
     assert description["dit"]["out_channels"] == 2 * description["dit"]["channels"]
     config = make_config(tmp_path / "dataset", init_from="", depth=1)
     with pytest.raises(ValueError, match=r"another model: .*objective='flow', there 'ddpm'"):

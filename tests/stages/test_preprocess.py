@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from opensora_jax import encoders
 from opensora_jax.data import dataset, moving_shapes, video_io
 from opensora_jax.data.captions import CaptionsError
+from opensora_jax.inference.small_text_model import make_small_text_model
+from opensora_jax.inference.text_encoder import TextEncoder
+from opensora_jax.inference.tokenizer import load_tokenizer
 from opensora_jax.stages import preprocess as stage
 from opensora_jax.stages.preprocess import PreprocessError, preprocess
 
@@ -75,7 +77,7 @@ def world(tmp_path_factory):
     captions |= {file: ["never used", "a shared caption"] for file in bad[3:]}
     write_captions(folder / "captions.json", captions)
     words = [text for texts in captions.values() for text in texts]
-    encoders.make_small_text_model(folder / "text_model", words)
+    make_small_text_model(folder / "text_model", words)
     return folder
 
 
@@ -112,8 +114,8 @@ def test_each_caption_is_a_row_with_the_codes_and_features_of_direct_encoding(wo
     expected = [(file, text) for file, (_, texts) in USABLE.items() for text in texts]
     rows = [(found.column(i, "video_file"), found.column(i, "caption")) for i in range(len(found))]
     assert rows == expected
-    model = encoders.load_vqvae(VQVAE_PATH)
-    text_encoder = encoders.TextEncoder(world / "text_model")
+    model = load_tokenizer(VQVAE_PATH)
+    text_encoder = TextEncoder(world / "text_model")
     for i, (file, caption) in enumerate(expected):
         codes = found[i]["video_latent_states"]
         assert codes.shape == (USABLE[file][0] // 4, 4, 2)
@@ -218,7 +220,7 @@ def test_not_one_usable_video_is_an_error(world, tmp_path, capsys):
 
 
 def test_the_fingerprint_tells_models_apart():
-    model, same = encoders.load_vqvae(VQVAE_PATH), encoders.load_vqvae(VQVAE_PATH)
+    model, same = load_tokenizer(VQVAE_PATH), load_tokenizer(VQVAE_PATH)
     assert stage.fingerprint(model) == stage.fingerprint(same)
     kernel = same.pre_vq.kernel
     kernel[...] = kernel[...] + 1e-6
@@ -229,7 +231,7 @@ def test_any_lengths_take_one_compilation():
     rng = np.random.default_rng(0)
     videos = [rng.integers(0, 255, (n, *RESOLUTION, 3), np.uint8) for n in (4, 8, 12, 20, 44)]
     compiled = stage._encode._cache_size()
-    encode = stage._WindowEncoder(encoders.load_vqvae(VQVAE_PATH), window=WINDOW, batch_size=3)
+    encode = stage._WindowEncoder(load_tokenizer(VQVAE_PATH), window=WINDOW, batch_size=3)
     codes = [*encode(videos), *encode(videos[:1])]
     assert [len(c) for c in codes] == [1, 2, 3, 5, 11, 1]
     assert stage._encode._cache_size() - compiled <= 1

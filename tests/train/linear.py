@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from opensora_jax import mesh as mesh_lib
-from opensora_jax.train import loop, optim, writer
+from opensora_jax.train import loop, metrics_log, optim
 
 N, D = 64, 4
 # What differs from run to run.
@@ -99,7 +99,7 @@ def fit(folder, data=None, evaluations=(), start_from=dict, **given):
 
 
 def metrics(folder):
-    return writer.read_metrics(folder / "metrics.jsonl")
+    return metrics_log.read_metrics(folder / "metrics.jsonl")
 
 
 def numbers(folder):

@@ -24,7 +24,8 @@ from linear import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opensora_jax import rngs
-from opensora_jax.train import checkpoint, loop, optim, step, watch, writer
+from opensora_jax.checkpoint import manager as checkpoint
+from opensora_jax.train import loop, metrics_log, monitor, optim, step
 from opensora_jax.train import state as state_lib
 
 
@@ -68,19 +69,19 @@ def test_it_learns_and_writes_what_it_measures(tmp_path):
 
 
 def test_tensorboard_forgets_what_a_run_before_wrote_of_later_steps(tmp_path):
-    log = writer.MetricsWriter(tmp_path, 0)
+    log = metrics_log.MetricsWriter(tmp_path, 0)
     for i in (1, 2, 3):
         log.write(i, {"loss": 1.0})
     events = next((tmp_path / "tensorboard").iterdir())
     events.rename(events.with_name("events.out.tfevents.1.earlier.1"))
-    writer.MetricsWriter(tmp_path, 1).write(2, {"loss": 2.0})
+    metrics_log.MetricsWriter(tmp_path, 1).write(2, {"loss": 2.0})
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(e.step, e.value) for e in shown] == [(1, 1.0), (2, 2.0)]
 
 
 def test_a_training_outlives_what_tensorboard_cannot_write(tmp_path, caplog):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    log = writer.MetricsWriter(tmp_path, 3)
+    log = metrics_log.MetricsWriter(tmp_path, 3)
     log.write(4, {"loss": 1.0})
     (events,) = (tmp_path / "tensorboard").iterdir()
     size = events.stat().st_size
@@ -243,24 +244,24 @@ def test_too_many_steps_that_are_not_finite_end_the_training(tmp_path):
 def test_without_a_checkpoint_none_is_named():
     bad = {"loss": np.nan, "grad_norm": np.nan, "skipped_in_a_row": 1.0, "skipped_steps": 1.0}
     with pytest.raises(FloatingPointError, match="There is no checkpoint yet"):
-        watch.Health(make_settings(max_skipped_steps=1)).look(1, [bad], None)
+        monitor.Health(make_settings(max_skipped_steps=1)).check(1, [bad], None)
 
 
 def test_a_spike_of_the_gradient_is_told_once(caplog):
-    health = watch.Health(make_settings())
+    health = monitor.Health(make_settings())
 
-    def look(last, *norms):
+    def check(last, *norms):
         steps = [{"grad_norm": np.float32(n), "skipped_in_a_row": np.float32(0)} for n in norms]
-        health.look(last, steps, None)
+        health.check(last, steps, None)
         told = [r.getMessage() for r in caplog.records]
         caplog.clear()
         return told
 
-    assert look(10, 100.0, *[1.0] * 9) == []  # too few to compare with
-    assert look(20, *[1.0] * 10) == []
-    (told,) = look(24, 1.0, 12.0, 30.0, 9.0)
+    assert check(10, 100.0, *[1.0] * 9) == []  # too few to compare with
+    assert check(20, *[1.0] * 10) == []
+    (told,) = check(24, 1.0, 12.0, 30.0, 9.0)
     assert told == "step 23: a spike: gradient norm 30; the last 20 steps' median is 1"
-    assert look(25, 9.9) == []
+    assert check(25, 9.9) == []
 
 
 def test_kernels_decay_and_biases_do_not():

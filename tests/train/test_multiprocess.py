@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from configs import default
-from opensora_jax import check, main
+from opensora_jax import config as config_lib
+from opensora_jax import main
 from opensora_jax.data import dataset
-from opensora_jax.train import writer
+from opensora_jax.train import metrics_log
 
 ROOT = Path(__file__).parents[2]
 N_CODES, DIM, TEXT_WIDTH = 16, 4, 6
@@ -98,7 +99,7 @@ def train_here(data, workdir, mesh):
     c = default.get_config()
     c.data.dataset = str(data)
     c.update_from_flattened_dict(CONFIG | mesh)
-    check.config(c)
+    config_lib.check(c)
     main.run(c, workdir)
 
 
@@ -165,7 +166,7 @@ def folder(data, tmp_path_factory):
 def metrics(workdir):
     """Step -> losses and gradient norm."""
     found = {}
-    for line in writer.read_metrics(workdir / "dit" / "metrics.jsonl"):
+    for line in metrics_log.read_metrics(workdir / "dit" / "metrics.jsonl"):
         values = {k: v for k, v in line.items() if "loss" in k or k == "grad_norm"}
         found.setdefault(line["step"], {}).update(values)
     return found

@@ -7,7 +7,8 @@ import time
 import pytest
 from linear import assert_identical, batches, fit, numbers
 
-from opensora_jax.train import checkpoint, loop
+from opensora_jax.checkpoint import manager as checkpoint
+from opensora_jax.train import loop
 from opensora_jax.train.preemption import Preempted
 
 

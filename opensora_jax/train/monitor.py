@@ -107,7 +107,7 @@ class Health:
         self._most_skipped = settings.max_skipped_steps
         self._norms = collections.deque(maxlen=_MOST)
 
-    def look(
+    def check(
         self, last: int, steps: list[dict[str, np.float32]], last_checkpoint: int | None
     ) -> None:
         """Looks at the steps that ended with number `last`.

@@ -1,9 +1,8 @@
-"""What a checkpoint says of the run that made it, and how two of them differ."""
+"""What a checkpoint says of the run that made it, for one that reads it."""
 
 import importlib.metadata
 import json
 import platform
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,21 +31,3 @@ def arrays(tree: Any) -> dict[str, str]:
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """As it comes back from a JSON file: tuples are lists."""
     return json.loads(json.dumps(value))
-
-
-def changes(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
-    """Each key, dotted in nested objects, in which `new` differs, with both values."""
-    found = []
-    for key in sorted(new.keys() | old.keys()):
-        here, there = new.get(key), old.get(key)
-        if isinstance(here, dict) and isinstance(there, dict):
-            found += [f"{key}.{change}" for change in changes(here, there)]
-        elif here != there:
-            found.append(f"{key}={_short(here)}, there {_short(there)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    """The value, or of a long one its beginning and a checksum."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:50]}... (CRC {zlib.crc32(text.encode()):08x})"

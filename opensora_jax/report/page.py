@@ -26,8 +26,8 @@ from ml_collections import ConfigDict
 
 from opensora_jax import files
 from opensora_jax.data import moving_shapes
-from opensora_jax.stages import report_charts
-from opensora_jax.train.writer import read_metrics
+from opensora_jax.report import charts
+from opensora_jax.train.metrics_log import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
         _dataset(_read_json(workdir / "dataset" / "metadata.json") or {}),
         _made(workdir, seconds, config),
     )
-    template = Template(Path(__file__).with_name("report.html.template").read_text("utf-8"))
+    template = Template(Path(__file__).with_name("page.html.template").read_text("utf-8"))
     page = template.substitute(title=escape(title), body="\n".join(filter(None, sections)))
     path = workdir / "report.html"
     files.write_text(path, page)
@@ -230,7 +230,7 @@ def _curve(stage, series, size, title, pattern, remark):
         _LABELS.get(name, name.rpartition("/")[2].removeprefix("detected_")): series[name]
         for name in names
     }
-    svg = report_charts.line_chart(lines, x_label="step", size=size, name=f"{stage} {title}")
+    svg = charts.line_chart(lines, x_label="step", size=size, name=f"{stage} {title}")
     if len(names) == 1:
         value = series[names[0]][-1][1]
         remark = f"{value:{',.0f' if value >= 1000 else '.4g'}} at the end. {remark}"
@@ -265,7 +265,7 @@ def _codebook(reconstruction):
     ):
         if key in reconstruction:
             tiles[label] = format(reconstruction[key], spec)
-    chart = report_charts.usage_chart(counts, size=(5.2, 2.5), name="codebook")
+    chart = charts.usage_chart(counts, size=(5.2, 2.5), name="codebook")
     return _section(
         "Codebook use",
         "How often each code occurs in these videos, in multiples of the mean (dashed).",

@@ -1,7 +1,6 @@
 """Checkpoints of the train state and of the data iterator, by Orbax."""
 
 import contextlib
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from opensora_jax import files
-from opensora_jax.train import checksums, record
+from opensora_jax.checkpoint import checksums, record
 from opensora_jax.train.state import TrainState
 
 PyTree = Any
@@ -117,7 +116,7 @@ class Checkpoints:
           ValueError: it is of other arrays than `like`: another optimizer's, say.
         """
         items, about = _restore(self._folder, self.latest_step, _items(like), self._run)
-        changed = record.changes(self._run, about["run"])
+        changed = files.changes(self._run, about["run"])
         if changed:
             logger.info("%s: since then changed: %s", self._folder, "; ".join(changed))
         counters = items.pop(_COUNTERS)
@@ -211,7 +210,7 @@ class Best:
         if self._checkpoints.latest_step is not None:
             self._loss = self._checkpoints.notes()["validation_loss"]
 
-    def offer(self, step: int, loss: float, state: TrainState) -> None:
+    def save_if_better(self, step: int, loss: float, state: TrainState) -> None:
         """Starts writing the averaged weights of `state` if they are better."""
         if loss < self._loss:
             self._loss = loss
@@ -241,7 +240,7 @@ def restore_items(
     return _restore(folder, step, like, None)[0]
 
 
-def agreed(value: int) -> int:
+def broadcast_from_first(value: int) -> int:
     """Process 0's value, in every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
@@ -268,7 +267,7 @@ def _last_whole(
             break
         damaged[step] = problem
         logger.warning("%s/%d: this checkpoint is damaged: %s", folder, step, problem)
-    all_damaged = agreed(whole < 0 and len(damaged) > 0)
+    all_damaged = broadcast_from_first(whole < 0 and len(damaged) > 0)
     if all_damaged and not may_start_over:
         raise FileNotFoundError(
             f"{folder}: every checkpoint is damaged ({', '.join(map(str, sorted(steps)))}); put "
@@ -279,7 +278,7 @@ def _last_whole(
         aside.rmtree(missing_ok=True)
         (folder / str(step)).rename(aside)
         logger.warning("%s: renamed to %s; going on without it", step, aside)
-    whole = agreed(whole)
+    whole = broadcast_from_first(whole)
     return None if whole < 0 else whole
 
 
@@ -303,9 +302,9 @@ def _restore(
         there = there[_ABOUT]
         wanted = record.arrays(like)
         found = {k: v for k, v in there["arrays"].items() if k.partition("/")[0] in like}
-        different = record.changes(wanted, found)
+        different = files.changes(wanted, found)
         if different:
-            also = record.changes(run, there["run"]) if run else []
+            also = files.changes(run, there["run"]) if run else []
             raise ValueError(
                 f"{path}: holds the state of another training; {len(different)} arrays differ: "
                 f"{'; '.join([*different[:2], *also])}. Use another workdir, or the old settings"
@@ -323,27 +322,19 @@ def _items(state: TrainState) -> dict[str, PyTree]:
     return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
 
 
-def claim(folder: epath.PathLike, description: dict[str, PyTree]) -> None:
+def record_model(folder: epath.PathLike, description: dict[str, PyTree]) -> None:
     """Writes `folder`/model.json, or checks that it says the same.
 
     Raises:
       ValueError: naming every key in which the folder's model differs, with both values.
     """
     path = epath.Path(folder) / MODEL_FILE
-    if path.exists():
-        different = record.changes(record.as_json(description), read_description(folder))
-        if different:
-            raise ValueError(
-                f"{path.parent}: holds the training of another model: {'; '.join(different)}. Use "
-                "another workdir, or remove that folder"
-            )
-    elif jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, record.as_json(description))
+    if jax.process_index() == 0 or path.exists():
+        files.record_settings(path, description)
 
 
-def read_description(folder: epath.PathLike) -> dict[str, PyTree]:
-    """What `claim` wrote.
+def read_model(folder: epath.PathLike) -> dict[str, PyTree]:
+    """What `record_model` wrote.
 
     Raises:
       FileNotFoundError: if the folder holds no model.
@@ -351,4 +342,4 @@ def read_description(folder: epath.PathLike) -> dict[str, PyTree]:
     path = epath.Path(folder) / MODEL_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path.parent}: no {MODEL_FILE}, so no model was trained here")
-    return json.loads(path.read_text())
+    return files.read_json(path)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from opensora_jax import mesh as mesh_lib
-from opensora_jax.stages import common
+from opensora_jax.build import training as build
 from opensora_jax.tasks.dit import Latents
 
 # CLIP's longest text, for configurations that leave the length to the data.
@@ -36,11 +36,11 @@ def text_length(config: ConfigDict) -> int:
     return config.dit.text_length or _TEXT_LENGTH
 
 
-def training(config: ConfigDict) -> common.DiTTraining:
+def training(config: ConfigDict) -> build.DiTTraining:
     """The training of `config.dit` on a random codebook of the size of `config.vqvae`."""
     size = (config.vqvae.n_codes, config.vqvae.embedding_dim)
     table = np.random.default_rng(0).standard_normal(size, np.float32)
-    return common.dit_training(
+    return build.dit_training(
         config,
         Latents.from_table(table),
         grid=latent_grid(config),
@@ -50,8 +50,8 @@ def training(config: ConfigDict) -> common.DiTTraining:
 
 
 def check_sequence(config: ConfigDict, mesh: Mesh) -> None:
-    """`common.check_sequence` of these sizes."""
-    common.check_sequence(config.dit, mesh, latent_grid(config), text_length(config))
+    """`build.check_sequence` of these sizes."""
+    build.check_sequence(config.dit, mesh, latent_grid(config), text_length(config))
 
 
 def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
@@ -66,7 +66,7 @@ def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
 
 def batch(config: ConfigDict, mesh: Mesh) -> dict[str, np.ndarray]:
     """This process's part of a random batch, for `mesh.shard_batch`."""
-    n = len(mesh_lib.batch_places(mesh, config.dit.batch_size))
+    n = len(mesh_lib.local_batch_indices(mesh, config.dit.batch_size))
     shapes = {name: (n, *x.shape[1:]) for name, x in batch_shapes(config).items()}
     rng = np.random.default_rng(0)
     longest = text_length(config)

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from opensora_jax import aot, hardware, plan, synthetic
-from opensora_jax.hlo import Collective, Shape
+from opensora_jax import hardware, plan
 from opensora_jax.models import flops
 from opensora_jax.models.dit import REMAT_POLICIES
+from opensora_jax.planning import compile as aot
+from opensora_jax.planning import synthetic
+from opensora_jax.planning.hlo import Collective, Shape
 
 # Each shipped configuration that names slices, and those slices.
 SHIPPED = [

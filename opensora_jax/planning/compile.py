@@ -14,9 +14,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from opensora_jax import check, hardware, synthetic
+from opensora_jax import config as config_lib
+from opensora_jax import hardware
 from opensora_jax import mesh as mesh_lib
-from opensora_jax.hlo import Collective, Program
+from opensora_jax.planning import synthetic
+from opensora_jax.planning.hlo import Collective, Program
 from opensora_jax.train import state as state_lib
 from opensora_jax.train import step as step_lib
 from opensora_jax.train.summary import device_bytes
@@ -176,7 +178,7 @@ def make(config: ConfigDict, where: Slice) -> Plan:
         config.dit.dtype = "bfloat16"
     if config.dit.attention == "auto":
         config.dit.attention = "splash"
-    check.config(config, where.devices)
+    config_lib.check(config, where.devices)
     mesh = mesh_lib.make_mesh(config.mesh, where.devices)
     synthetic.check_sequence(config, mesh)
     training = synthetic.training(config)

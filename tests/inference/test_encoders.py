@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opensora_jax.encoders import BATCH_SIZE, TextEncoder, make_small_text_model
+from opensora_jax.inference.small_text_model import make_small_text_model
+from opensora_jax.inference.text_encoder import BATCH_SIZE, TextEncoder
 
 COLORS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
@@ -120,8 +121,8 @@ def test_same_arguments_same_files(folder, tmp_path):
         make_small_text_model(tmp_path / "a", CAPTIONS, seed=1)
     with pytest.raises(ValueError, match="no words"):
         make_small_text_model(tmp_path / "b", ["", " "])
-    with pytest.raises(ValueError, match="n_heads=5"):
-        make_small_text_model(tmp_path / "b", CAPTIONS, n_heads=5)
+    with pytest.raises(ValueError, match="heads=5"):
+        make_small_text_model(tmp_path / "b", CAPTIONS, heads=5)
     make_small_text_model(tmp_path / "c", CAPTIONS, seed=1)
     one, other = (load_file(d / "model.safetensors") for d in (folder, tmp_path / "c"))
     name = "text_model.encoder.layers.1.mlp.fc1.weight"
@@ -141,7 +142,9 @@ def test_a_name_on_the_hub_is_found_in_the_local_cache(folder, encoder, tmp_path
 
 
 def test_no_notice_about_pytorch(folder):
-    script = f"from opensora_jax.encoders import TextEncoder; TextEncoder({str(folder)!r})"
+    script = (
+        f"from opensora_jax.inference.text_encoder import TextEncoder; TextEncoder({str(folder)!r})"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )

@@ -6,13 +6,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from opensora_jax import encoders, files, rngs
+from opensora_jax import files, rngs
 from opensora_jax import mesh as mesh_lib
+from opensora_jax.build import training as build
+from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import pipeline, video_io
 from opensora_jax.diffusion.objectives import OBJECTIVES
-from opensora_jax.stages import common
+from opensora_jax.inference.text_encoder import TextEncoder
+from opensora_jax.inference.tokenizer import decode, load_tokenizer
 from opensora_jax.tasks.dit import DiTTask, Latents
-from opensora_jax.train import checkpoint
 
 PyTree = Any
 
@@ -32,8 +34,8 @@ class Generator:
         self._downsample = tuple(description["downsample"])
         self._patch = description["dit"]["patch"]
         self._text_length = description["text_length"]
-        self._text_encoder = encoders.TextEncoder(description["text_model"])
-        self._vqvae = encoders.load_vqvae(description["vqvae"])
+        self._text_encoder = TextEncoder(description["text_model"])
+        self._vqvae = load_tokenizer(description["vqvae"])
         self._sample = jax.jit(task.sample, static_argnames=("steps", "guidance"))
 
     @classmethod
@@ -43,11 +45,11 @@ class Generator:
         Raises:
           FileNotFoundError: no DiT there, or not the VQ-VAE or text model that it names.
         """
-        description = checkpoint.read_description(folder)
+        description = checkpoint.read_model(folder)
         if task is None:
             latents = Latents.from_table(np.asarray(description["latent_table"], np.float32))
             task = DiTTask(
-                common.dit_maker(description["dit"], dtype="auto"),
+                build.dit_maker(description["dit"], dtype="auto"),
                 latents,
                 caption_dropout=0.0,
                 objective=OBJECTIVES[description["objective"]](description),
@@ -131,7 +133,7 @@ class Generator:
                 codes = self._sample(params, *inputs, steps=steps, guidance=guidance)
             # By way of the host: the DiT's weights may be on many devices, the VQ-VAE is on one.
             codes = jax.device_get(codes)
-            videos.append(encoders.decode(self._vqvae, codes)[: n - start])
+            videos.append(decode(self._vqvae, codes)[: n - start])
         return np.concatenate(videos)
 
     def write(self, folder: Path, prompts: list[str], videos: np.ndarray) -> None:

@@ -86,7 +86,7 @@ _SHARES = [
 ]
 
 
-def config(c: ConfigDict, devices: Sequence | None = None) -> None:
+def check(c: ConfigDict, devices: Sequence | None = None) -> None:
     """Checks every field that can be checked without looking at data or devices' memory.
 
     Args:

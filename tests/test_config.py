@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from opensora_jax import check
+from opensora_jax import config as config_lib
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -36,7 +36,7 @@ def numbers(c, prefix=""):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configurations_pass(path):
-    check.config(load(path.stem))
+    config_lib.check(load(path.stem))
 
 
 def test_every_shipped_configuration_is_tried():
@@ -52,7 +52,7 @@ def test_no_number_may_be_negative(name):
     part = functools.reduce(getattr, parents, c)
     part[last] = type(part[last])(-1)
     with pytest.raises(ValueError, match=rf"^config\.{name}=-1(\.0)?: expected "):
-        check.config(c)
+        config_lib.check(c)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_bad_values_are_named(name, value, expected):
     c.update_from_flattened_dict({name: value})
     field = "dit.depth" if (name, value) == ("dit.size", "") else name
     with pytest.raises(ValueError, match=rf"^config\.{field}=.*: expected .*{expected}") as caught:
-        check.config(c)
+        config_lib.check(c)
     assert field != name or repr(value) in str(caught.value)
 
 
@@ -111,40 +111,40 @@ def test_bad_values_are_named(name, value, expected):
 def test_what_ddpm_does_not_have_is_named(name, value, expected):
     c = load("default")
     c.update_from_flattened_dict({"dit.objective": "ddpm", "sample.ancestral": True})
-    check.config(c)
+    config_lib.check(c)
     c.update_from_flattened_dict({name: value})
     message = rf"^config\.{name}={value!r}: expected {expected}, since dit\.objective is ddpm$"
     with pytest.raises(ValueError, match=message):
-        check.config(c)
+        config_lib.check(c)
 
 
 def test_sizes_of_a_model_fit_each_other():
     c = load("quickstart")
-    check.config(c)
+    config_lib.check(c)
     c.dit.heads = 7
     with pytest.raises(ValueError, match=rf"config\.dit\.width={c.dit.width}: .*dit\.heads=7"):
-        check.config(c)
+        config_lib.check(c)
 
 
 def test_batches_divide_over_devices_and_microbatches():
     c = load("default")
     c.dit.accumulate, c.dit.batch_size = 2, 24
     with pytest.raises(ValueError, match=r"batch_size=24: .* 16: 8 data devices x dit.accumulate"):
-        check.config(c)
+        config_lib.check(c)
     c.mesh.data, c.mesh.tensor = -1, 4
-    check.config(c)
+    config_lib.check(c)
     c.mesh.fsdp = 3
     with pytest.raises(ValueError, match="8 devices"):
-        check.config(c)
+        config_lib.check(c)
 
 
 def test_heads_divide_over_context_and_tensor():
     c = load("default")
     c.mesh.data, c.mesh.context, c.mesh.tensor = 2, 2, 2
-    check.config(c)
+    config_lib.check(c)
     c.mesh.data, c.mesh.context = 1, 4
     with pytest.raises(ValueError, match=r"mesh\.context=4, .*mesh\.tensor=2: .* DiT's 12 heads"):
-        check.config(c)
+        config_lib.check(c)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from opensora_jax import mesh as mesh_lib
-from opensora_jax.train import checkpoint, checksums
+from opensora_jax.checkpoint import checksums
+from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.train.state import TrainState
 
 
@@ -244,10 +245,10 @@ def test_changes_of_configuration_are_told(tmp_path, caplog):
 
 
 def test_the_best_is_that_of_the_lowest_loss(tmp_path, caplog):
-    def offer(*losses):
+    def save_if_better(*losses):
         with contextlib.closing(checkpoint.Best(tmp_path)) as best:
             for step, loss in losses:
-                best.offer(step, loss, make_state(step))
+                best.save_if_better(step, loss, make_state(step))
 
     def kernel():
         like = {"ema": make_state(0).ema}
@@ -255,16 +256,16 @@ def test_the_best_is_that_of_the_lowest_loss(tmp_path, caplog):
             "kernel"
         ]
 
-    offer((1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan")))
+    save_if_better((1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan")))
     np.testing.assert_array_equal(kernel(), make_state(2).ema["layer"]["kernel"])
-    offer((2, 1.0), (3, 1.5))  # after resuming from step 1
+    save_if_better((2, 1.0), (3, 1.5))  # after resuming from step 1
     np.testing.assert_array_equal(kernel(), make_state(2).ema["layer"]["kernel"])
-    offer((1, 0.5))
+    save_if_better((1, 0.5))
     np.testing.assert_array_equal(kernel(), make_state(1).ema["layer"]["kernel"])
     (only,) = (tmp_path / checkpoint.BEST).iterdir()
     assert not (only / "params").exists()
     delete(only)
-    offer((7, 9.0))  # which the training outlives
+    save_if_better((7, 9.0))  # which the training outlives
     assert "damaged" in caplog.text
     np.testing.assert_array_equal(kernel(), make_state(7).ema["layer"]["kernel"])
 
@@ -310,7 +311,7 @@ def test_a_full_disk_is_seen_before_writing(folder):
 def test_a_folder_that_cannot_be_one_is_named(tmp_path):
     (tmp_path / "dit").write_text("a file")
     with pytest.raises(OSError, match=str(tmp_path / "dit")):
-        checkpoint.claim(tmp_path / "dit", {"width": 64})
+        checkpoint.record_model(tmp_path / "dit", {"width": 64})
     with pytest.raises(OSError, match=str(tmp_path / "dit")):
         checkpoint.Checkpoints(tmp_path / "dit")
 
@@ -318,13 +319,13 @@ def test_a_folder_that_cannot_be_one_is_named(tmp_path):
 def test_a_folder_belongs_to_one_model(tmp_path):
     folder = tmp_path / "dit"
     description = {"dit": {"width": 64}, "downsample": (4, 4, 4), "table": [0.5] * 1000}
-    checkpoint.claim(folder, description)
-    assert checkpoint.read_description(folder) == {**description, "downsample": [4, 4, 4]}
-    checkpoint.claim(folder, description)  # the same again
+    checkpoint.record_model(folder, description)
+    assert checkpoint.read_model(folder) == {**description, "downsample": [4, 4, 4]}
+    checkpoint.record_model(folder, description)  # the same again
     before = (folder / checkpoint.MODEL_FILE).read_bytes()
     other = {"dit": {"width": 128}, "downsample": (4, 4, 4), "table": [0.5] * 999, "depth": 2}
     with pytest.raises(ValueError, match=r"dit: .*another model") as caught:
-        checkpoint.claim(folder, other)
+        checkpoint.record_model(folder, other)
     for difference in ("dit.width=128, there 64", "depth=2, there None", "table=[0.5, "):
         assert difference in str(caught.value)
     assert "downsample" not in str(caught.value)
@@ -335,4 +336,4 @@ def test_a_folder_belongs_to_one_model(tmp_path):
 
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}: no model.json"):
-        checkpoint.read_description(tmp_path)
+        checkpoint.read_model(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opensora_jax import hlo
+from opensora_jax.planning import hlo
 
 TRIPS, D, ROWS = 5, 16, 8
 F32 = 4

@@ -193,9 +193,9 @@ def dit_training(
     )
 
 
-def process_share(mesh: Mesh, batch_size: int) -> dict[str, Any]:
+def local_share(mesh: Mesh, batch_size: int) -> dict[str, Any]:
     """Batches and this process's places in them, as arguments of the pipelines."""
-    return {"batch_size": batch_size, "places": mesh_lib.batch_places(mesh, batch_size)}
+    return {"batch_size": batch_size, "indices": mesh_lib.local_batch_indices(mesh, batch_size)}
 
 
 def is_trained(folder: Path, steps: int) -> bool:

@@ -9,8 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from opensora_jax.data import moving_shapes, video_io
-from opensora_jax.stages import report
-from opensora_jax.train.writer import MetricsWriter
+from opensora_jax.report import page as report
+from opensora_jax.train.metrics_log import MetricsWriter
 
 CONFIG = ConfigDict({"seed": 7, "sample": {"prompts": ("<b>bold</b>",)}})
 PROMPTS = ("a red circle moves up", "<script>alert('x')</script> & \"quoted\"")

@@ -1,0 +1,1 @@
+"""From a configuration to what it describes: networks, tasks, optimizers, settings."""

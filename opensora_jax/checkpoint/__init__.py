@@ -1,0 +1,1 @@
+"""Checkpoints of pytrees: written whole, checked when read, described."""

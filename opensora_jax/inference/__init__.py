@@ -1,0 +1,1 @@
+"""Frozen tokenizers and text encoders, and the generator that makes videos of prompts."""

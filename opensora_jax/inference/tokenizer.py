@@ -1,0 +1,133 @@
+"""Video tokenizers: opening them, and encoding and decoding videos of any length in windows.
+
+Legend: T frames of a window, t frames of its codes, H, W pixels, h, w codes.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from opensora_jax.checkpoint import manager as checkpoint
+from opensora_jax.convert import videogpt
+from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.tasks.vqvae import VQVAETask, to_float, to_uint8
+
+
+def load_tokenizer(path: str | Path) -> VQVAE:
+    """The VQ-VAE of a training or imported folder, or of a VideoGPT checkpoint file.
+
+    Returns:
+      The model in evaluation mode, with averaged weights.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: a file that is no such checkpoint.
+    """
+    path = Path(path)
+    if path.is_file():
+        return videogpt.load_videogpt(path)
+    arguments = checkpoint.read_model(path)
+    task = VQVAETask(lambda rngs: VQVAE(**arguments, rngs=rngs))
+    params, extra = jax.eval_shape(task.init, jax.random.key(0))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        {"ema": params, "extra": extra},
+    )
+    restored = checkpoint.restore_items(path, like)
+    return task.model(restored["ema"], restored["extra"])
+
+
+def save_tokenizer(folder: str | Path, model: VQVAE) -> None:
+    """Writes `model` so that `load_tokenizer` reads it from `folder`.
+
+    Raises:
+      ValueError: if the folder holds another model.
+    """
+    checkpoint.record_model(folder, model.arguments)
+    _, params, extra = nnx.split(model, nnx.Param, ...)
+    params, extra = nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save_items(0, {"ema": params, "extra": extra})
+    checkpoints.close()
+
+
+def decode(model: VQVAE, codes: jax.Array) -> np.ndarray:
+    """Codes (B, t, h, w) -> videos uint8 (B, T, H, W, 3), in windows of the trained length.
+
+    The mirror of how preprocessing encodes: a last, partial window is filled up with its last
+    codes, and their frames are dropped.
+    """
+    window = max(model.n_frames // model.downsample[0], 1)
+    n = codes.shape[1]
+    graph, state = nnx.split(model)
+    pieces = []
+    for start in range(0, n, window):
+        index = np.minimum(np.arange(start, start + window), n - 1)
+        pieces.append(np.asarray(_decode_window(graph, state, codes[:, index])))
+    return np.concatenate(pieces, axis=1)[:, : n * model.downsample[0]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode_window(graph, state, codes):
+    return to_uint8(nnx.merge(graph, state).decode(codes))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph, state, video_BTHWC):
+    return nnx.merge(graph, state).encode(to_float(video_BTHWC))
+
+
+class WindowEncoder:
+    """Codes of videos of any length with one compilation: windows and batches are padded."""
+
+    def __init__(self, model: nnx.Module, window: int, batch_size: int):
+        devices = jax.local_devices()
+        mesh = Mesh(devices, ("data",))
+        self._window = window
+        self._batch_size = -(-batch_size // len(devices)) * len(devices)
+        self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
+        self._graph, state = nnx.split(model)
+        self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self, videos: Iterable[np.ndarray]) -> list[np.ndarray]:
+        """uint8 (T, H, W, 3), T a multiple of the temporal downsampling -> codes (t, h, w) each."""
+        codes, windows, owners = [], [], []
+        for i, video_THWC in enumerate(videos):
+            codes.append([])
+            for start in range(0, len(video_THWC), self._window):
+                windows.append(video_THWC[start : start + self._window])
+                owners.append(i)
+                if len(windows) == self._batch_size:
+                    self._encode_batch(windows, owners, codes)
+        if windows:
+            self._encode_batch(windows, owners, codes)
+        return [np.concatenate(pieces) for pieces in codes]
+
+    def _encode_batch(self, windows, owners, codes):
+        batch_BTHWC = np.zeros((self._batch_size, self._window, *windows[0].shape[1:]), np.uint8)
+        for row, window_THWC in zip(batch_BTHWC, windows, strict=False):
+            row[: len(window_THWC)] = window_THWC
+            row[len(window_THWC) :] = window_THWC[-1]
+        batch_BTHWC = jax.device_put(batch_BTHWC, self._batch_sharding)
+        codes_Bthw = np.asarray(_encode(self._graph, self._state, batch_BTHWC))
+        for i, window_THWC, codes_thw in zip(owners, windows, codes_Bthw, strict=False):
+            codes[i].append(codes_thw[: len(window_THWC) * len(codes_thw) // self._window])
+        windows.clear()
+        owners.clear()
+
+
+def fingerprint(model: nnx.Module) -> str:
+    """A hash of all parameters: the same for equal models, wherever they lie."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
