@@ -9,6 +9,7 @@ import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from huggingface_hub.utils import validate_repo_id
 
 from opensora_jax import files
 from opensora_jax.convert import table, torch_file
@@ -121,6 +122,25 @@ def local_folder(name_or_folder: str | Path) -> Path:
             "elsewhere and give the folder that holds its config.json"
         ) from error
     return folder
+
+
+def check_text_model(name_or_folder: str | Path) -> None:
+    """Looks whether a folder holds a model's config; of a hub name only at its form.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a name that the hub can have, or no config in it.
+        ValueError: the config is not CLIP's.
+    """
+    path = Path(name_or_folder)
+    if path.is_dir():
+        _text_config(path / "config.json")
+        return
+    try:
+        validate_repo_id(str(name_or_folder))
+    except ValueError as error:
+        raise FileNotFoundError(f"{path}: no such folder, and no name on the hub") from error
+    if path.exists():
+        raise NotADirectoryError(f"{path}: a file, expected a folder with a CLIP model")
 
 
 def _text_config(path: Path) -> dict:

@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path, PurePosixPath
 
+from opensora_jax import files
+
 
 class CaptionsError(ValueError):
     """A captions file is not as expected; the message names the file, the place and the value."""
@@ -47,6 +49,17 @@ def read_captions(path: str | os.PathLike) -> list[dict]:
     if not entries:
         raise CaptionsError(f"{path}: no entries: expected at least one video with captions")
     return entries
+
+
+def expect_a_video(entries: list[dict], folder: str | os.PathLike) -> None:
+    """Sees that a folder holds the video of at least one entry.
+
+    Raises:
+      CaptionsError: not one is there.
+    """
+    if not any(os.path.isfile(os.path.join(folder, entry["file"])) for entry in entries):
+        first = files.short(entries[0]["file"])
+        raise CaptionsError(f"{folder}: none of the captions' videos is there, not {first}")
 
 
 def _parse(path, text):

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from etils import epath
 
 from opensora_jax import files
 from opensora_jax.data import arrow
@@ -271,10 +272,24 @@ def open_dataset(folder: str | os.PathLike) -> LatentDataset:
         codes outside the codebook, text features of another width, ragged rows, ...
     """
     folder = files.fetch(folder, "metadata.json")
-    path = folder / "metadata.json"
-    metadata = read_metadata(folder)
+    metadata = complete_metadata(folder)
+    codebook = _read_codebook(folder / metadata["codebook"], metadata["n_codes"])
+    batches = list(_read_batches(folder))
+    if not batches:
+        raise DatasetError(f"{folder}: no rows: expected part-00000, ... or a save_to_disk folder")
+    return LatentDataset(folder, metadata, codebook, batches)
+
+
+def complete_metadata(folder: epath.PathLike) -> dict:
+    """What metadata.json holds, checked, without a look at the data.
+
+    Raises:
+      DatasetError: not finished, or a key is missing or not as expected.
+    """
+    path = epath.Path(folder) / "metadata.json"
+    metadata = _read_json(path)
     # A plain folder of others is whole when it can be read; ours grows by parts.
-    if not metadata.get("complete", (folder / "state.json").exists()):
+    if not metadata.get("complete", path.with_name("state.json").exists()):
         command = metadata.get("command", "the preprocessing command that began it")
         raise DatasetError(
             f'{path}: no "complete": true: not finished. To finish it, run: {command}'
@@ -283,11 +298,7 @@ def open_dataset(folder: str | os.PathLike) -> LatentDataset:
         if not test(metadata.get(key)):
             found = f"{key}={metadata[key]!r}" if key in metadata else f"no key {key!r}"
             raise DatasetError(f"{path}: {found}: expected {meaning}")
-    codebook = _read_codebook(folder / metadata["codebook"], metadata["n_codes"])
-    batches = list(_read_batches(folder))
-    if not batches:
-        raise DatasetError(f"{folder}: no rows: expected part-00000, ... or a save_to_disk folder")
-    return LatentDataset(folder, metadata, codebook, batches)
+    return metadata
 
 
 @dataclass

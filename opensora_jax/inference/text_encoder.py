@@ -90,13 +90,28 @@ class TextEncoder:
         return features
 
 
+def check_text_model(name_or_folder: str | Path) -> None:
+    """Looks whether `TextEncoder` can find its files, without reading weights or downloading.
+
+    Raises:
+        FileNotFoundError, ValueError: as `TextEncoder`.
+    """
+    clip.check_text_model(name_or_folder)
+    if Path(name_or_folder).is_dir():
+        _expect_tokenizer(Path(name_or_folder))
+
+
 def _load_tokenizer(folder: Path):
     # transformers announces at import that there is no PyTorch; we want none.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
+    _expect_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def _expect_tokenizer(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise FileNotFoundError(
             f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt"
         )
-    return AutoTokenizer.from_pretrained(str(folder))
