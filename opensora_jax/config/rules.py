@@ -25,12 +25,12 @@ class Rule:
     expected: str
 
 
-def _is_whole(value: Any) -> bool:
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_sequence(value: Any) -> bool:
@@ -38,7 +38,7 @@ def _is_sequence(value: Any) -> bool:
 
 
 def at_least(low: int) -> Rule:
-    return Rule(lambda v: _is_whole(v) and v >= low, f"a whole number of at least {low}")
+    return Rule(lambda v: _is_int(v) and v >= low, f"an integer of at least {low}")
 
 
 def one_of(names: Sequence[str]) -> Rule:
@@ -50,11 +50,11 @@ positive = Rule(lambda v: _is_number(v) and v > 0, "a positive number")
 not_negative = Rule(lambda v: _is_number(v) and v >= 0, "zero or a positive number")
 share = Rule(lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 below_one = Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
-even = Rule(lambda v: _is_whole(v) and v >= 2 and v % 2 == 0, "an even number of at least 2")
+even = Rule(lambda v: _is_int(v) and v >= 2 and v % 2 == 0, "an even number of at least 2")
 true_or_false = Rule(lambda v: isinstance(v, bool), "True or False")
 text = Rule(lambda v: isinstance(v, str), "a text, or empty")
 # Their sizes are `mesh.make_mesh`'s to check.
-mesh_size = Rule(_is_whole, "a whole number")
+mesh_size = Rule(_is_int, "an integer")
 stages = Rule(
     lambda v: _is_sequence(v) and len(v) > 0 and list(v) == [name for name in STAGES if name in v],
     f"some of {', '.join(STAGES)}, each once and in this order",
@@ -62,10 +62,8 @@ stages = Rule(
 steps_from_to = Rule(
     lambda v: (
         _is_sequence(v)
-        and len(v) in (0, 2)
-        and all(map(_is_whole, v))
-        and list(v) == sorted(v)
-        and all(n >= 1 for n in v)
+        and all(map(_is_int, v))
+        and (len(v) == 0 or (len(v) == 2 and 1 <= v[0] <= v[1]))
     ),
     "(), or two steps, the first and the last",
 )
@@ -73,7 +71,7 @@ strides = Rule(
     lambda v: (
         _is_sequence(v)
         and len(v) == 3
-        and all(_is_whole(n) and n >= 1 and not n & (n - 1) for n in v)
+        and all(_is_int(n) and n >= 1 and not n & (n - 1) for n in v)
         and max(v) > 1
     ),
     "three powers of two, one of them above 1",
@@ -123,7 +121,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "n_frames": at_least(2),
         "resolution": Rule(lambda v: even.test(v) and v >= 16, "16 or more, even"),
         "fps": positive,
-        "n_captions": Rule(lambda v: _is_whole(v) and 1 <= v <= 10, "1 to 10"),
+        "n_captions": Rule(lambda v: _is_int(v) and 1 <= v <= 10, "1 to 10"),
     },
     "vqvae": _TRAINING
     | {
@@ -217,7 +215,7 @@ def value_of(c: ConfigDict, name: str) -> Any:
     return c
 
 
-def refuse(c: ConfigDict, name: str, expected: str) -> NoReturn:
+def raise_invalid(c: ConfigDict, name: str, expected: str) -> NoReturn:
     """Raises the error that names a field, its value and what was expected."""
     raise ValueError(f"config.{name}={files.short(value_of(c, name))}: expected {expected}")
 
@@ -225,58 +223,66 @@ def refuse(c: ConfigDict, name: str, expected: str) -> NoReturn:
 def _check_models(c: ConfigDict) -> None:
     t, h, w = c.vqvae.downsample
     if c.vqvae.n_frames % t:
-        refuse(c, "vqvae.n_frames", f"a multiple of vqvae.downsample[0]={t}")
+        raise_invalid(c, "vqvae.n_frames", f"a multiple of vqvae.downsample[0]={t}")
     if c.vqvae.resolution % h or c.vqvae.resolution % w:
-        refuse(c, "vqvae.resolution", f"a multiple of vqvae.downsample[1:]=({h}, {w})")
+        raise_invalid(c, "vqvae.resolution", f"a multiple of vqvae.downsample[1:]=({h}, {w})")
     if c.vqvae.quantize_to < c.vqvae.quantize_from:
-        refuse(c, "vqvae.quantize_to", f"at least vqvae.quantize_from={c.vqvae.quantize_from}")
+        raise_invalid(
+            c, "vqvae.quantize_to", f"at least vqvae.quantize_from={c.vqvae.quantize_from}"
+        )
     for part in ("vqvae", "dit"):
         if c[part].keep_every % c[part].checkpoint_every:
             every = f"{part}.checkpoint_every={c[part].checkpoint_every}"
-            refuse(c, f"{part}.keep_every", f"0, or a multiple of {every}")
+            raise_invalid(c, f"{part}.keep_every", f"0, or a multiple of {every}")
     for key in ("depth", "width", "heads"):
         if c.dit.size and c.dit[key]:
             drop = f"0, since dit.size={c.dit.size} says it: drop the one or the other"
-            refuse(c, f"dit.{key}", drop)
+            raise_invalid(c, f"dit.{key}", drop)
         if not c.dit.size and not c.dit[key]:
-            refuse(c, f"dit.{key}", "a positive number, since dit.size is empty")
+            raise_invalid(c, f"dit.{key}", "a positive number, since dit.size is empty")
     if not c.dit.size and c.dit.width % (2 * c.dit.heads):
-        refuse(c, "dit.width", f"an even multiple of dit.heads={c.dit.heads}")
+        raise_invalid(c, "dit.width", f"an even multiple of dit.heads={c.dit.heads}")
     since = f"since dit.objective is {c.dit.objective}"
     if c.dit.objective == "ddpm":
         if c.dit.prediction != "velocity":
-            refuse(c, "dit.prediction", f"velocity, {since}")
+            raise_invalid(c, "dit.prediction", f"velocity, {since}")
         if c.dit.time_shift != 1:
-            refuse(c, "dit.time_shift", f"1, {since}")
+            raise_invalid(c, "dit.time_shift", f"1, {since}")
         if c.sample.steps > ddpm.N_STEPS:
-            refuse(c, "sample.steps", f"at most {ddpm.N_STEPS}, {since}")
+            raise_invalid(c, "sample.steps", f"at most {ddpm.N_STEPS}, {since}")
     elif c.sample.ancestral:
-        refuse(c, "sample.ancestral", f"False, {since}")
+        raise_invalid(c, "sample.ancestral", f"False, {since}")
 
 
 def _check_stages(c: ConfigDict) -> None:
     """Sees that what a stage of this run makes fits the next one, and is not made for nothing."""
-    if _is_fed_by_shapes(c, "vqvae"):
+    if _uses_shapes(c, "vqvae"):
         most = _frames_of_shapes(c, c.vqvae.fps)
         if c.vqvae.n_frames > most:
-            refuse(c, "vqvae.n_frames", f"at most {most}, the frames of shapes.n_frames")
+            raise_invalid(c, "vqvae.n_frames", f"at most {most}, the frames of shapes.n_frames")
         if c.vqvae.resolution > c.shapes.resolution:
-            refuse(c, "vqvae.resolution", f"at most shapes.resolution={c.shapes.resolution}")
-    if _is_fed_by_shapes(c, "preprocess"):
+            raise_invalid(c, "vqvae.resolution", f"at most shapes.resolution={c.shapes.resolution}")
+    if _uses_shapes(c, "preprocess"):
         most = _frames_of_shapes(c, c.preprocess.fps)
         if c.preprocess.n_frames > most:
-            refuse(c, "preprocess.n_frames", f"at most {most}, the frames of shapes.n_frames")
+            raise_invalid(
+                c, "preprocess.n_frames", f"at most {most}, the frames of shapes.n_frames"
+            )
         if c.preprocess.max_frames < c.shapes.n_frames:
-            refuse(c, "preprocess.max_frames", f"at least shapes.n_frames={c.shapes.n_frames}")
+            raise_invalid(
+                c, "preprocess.max_frames", f"at least shapes.n_frames={c.shapes.n_frames}"
+            )
     if {"vqvae", "preprocess"} <= set(c.stages):
         if c.data.vqvae:
-            refuse(c, "data.vqvae", "empty, since the stage vqvae trains one: drop one of the two")
+            raise_invalid(
+                c, "data.vqvae", "empty, since the stage vqvae trains one: drop one of the two"
+            )
         check_codes(c, c.vqvae.downsample, f"vqvae.downsample={c.vqvae.downsample}")
     if {"preprocess", "dit"} <= set(c.stages) and c.data.dataset:
-        refuse(c, "data.dataset", "empty, since the stage preprocess makes one: drop one")
+        raise_invalid(c, "data.dataset", "empty, since the stage preprocess makes one: drop one")
 
 
-def _is_fed_by_shapes(c: ConfigDict, stage: str) -> bool:
+def _uses_shapes(c: ConfigDict, stage: str) -> bool:
     return {"shapes", stage} <= set(c.stages) and not c.data.videos
 
 
@@ -298,16 +304,16 @@ def check_codes(c: ConfigDict, downsample: Sequence[int], source: str) -> None:
         factors, of = [n * c.dit.patch for n in spatial], f"{source} x dit.patch={c.dit.patch}"
     if any(c.preprocess.resolution % n for n in factors):
         multiple = " and ".join(map(str, dict.fromkeys(factors)))
-        refuse(c, "preprocess.resolution", f"a multiple of {multiple}: {of}")
+        raise_invalid(c, "preprocess.resolution", f"a multiple of {multiple}: {of}")
     for name in ("n_frames", "window"):
         if c.preprocess[name] % t:
-            refuse(c, f"preprocess.{name}", f"a multiple of {t}: {source}")
+            raise_invalid(c, f"preprocess.{name}", f"a multiple of {t}: {source}")
     n_frames = c.preprocess.n_frames
-    if not n_frames and _is_fed_by_shapes(c, "preprocess"):
+    if not n_frames and _uses_shapes(c, "preprocess"):
         n_frames = _frames_of_shapes(c, c.preprocess.fps)
     if "dit" in c.stages and n_frames and c.dit.n_latent_frames > n_frames // t:
         most = f"{n_frames // t}: {n_frames} frames by {source}"
-        refuse(c, "dit.n_latent_frames", f"at most {most}")
+        raise_invalid(c, "dit.n_latent_frames", f"at most {most}")
 
 
 def dit_size(c: ConfigDict) -> tuple[int, int, int]:
@@ -319,7 +325,7 @@ def _check_devices(c: ConfigDict, devices: Sequence[jax.Device]) -> None:
     kind = devices[0].platform
     fit = ["auto", *(name for name, on in attention.BACKENDS.items() if on in (None, kind))]
     if c.dit.attention not in fit:
-        refuse(c, "dit.attention", f"one of {', '.join(fit)} on a {kind}")
+        raise_invalid(c, "dit.attention", f"one of {', '.join(fit)} on a {kind}")
     shape = mesh_lib.make_mesh(c.mesh, devices).shape
     _, _, heads = dit_size(c)
     if "dit" in c.stages and heads % (shape["context"] * shape["tensor"]):
@@ -332,9 +338,9 @@ def _check_devices(c: ConfigDict, devices: Sequence[jax.Device]) -> None:
         if part in c.stages and c[part].batch_size % (n_data * c[part].accumulate):
             multiple = f"a multiple of {n_data * c[part].accumulate}"
             why = f"{n_data} data devices x {part}.accumulate"
-            refuse(c, f"{part}.batch_size", f"{multiple}: {why}")
+            raise_invalid(c, f"{part}.batch_size", f"{multiple}: {why}")
     parallel = [name for name, stage in STAGES.items() if stage.processes]
     n_processes = jax.process_count()
     if n_processes > 1 and not set(c.stages) <= set(parallel):
         expected = f"only {', '.join(parallel)} in a run of {n_processes} processes"
-        refuse(c, "stages", f"{expected}; run the others in one process")
+        raise_invalid(c, "stages", f"{expected}; run the others in one process")

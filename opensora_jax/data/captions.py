@@ -51,7 +51,7 @@ def read_captions(path: str | os.PathLike) -> list[dict]:
     return entries
 
 
-def expect_a_video(entries: list[dict], folder: str | os.PathLike) -> None:
+def expect_any_video(entries: list[dict], folder: str | os.PathLike) -> None:
     """Sees that a folder holds the video of at least one entry.
 
     Raises:

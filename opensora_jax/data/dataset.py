@@ -272,7 +272,7 @@ def open_dataset(folder: str | os.PathLike) -> LatentDataset:
         codes outside the codebook, text features of another width, ragged rows, ...
     """
     folder = files.fetch(folder, "metadata.json")
-    metadata = complete_metadata(folder)
+    metadata = read_complete_metadata(folder)
     codebook = _read_codebook(folder / metadata["codebook"], metadata["n_codes"])
     batches = list(_read_batches(folder))
     if not batches:
@@ -280,7 +280,7 @@ def open_dataset(folder: str | os.PathLike) -> LatentDataset:
     return LatentDataset(folder, metadata, codebook, batches)
 
 
-def complete_metadata(folder: epath.PathLike) -> dict:
+def read_complete_metadata(folder: epath.PathLike) -> dict:
     """What metadata.json holds, checked, without a look at the data.
 
     Raises:
