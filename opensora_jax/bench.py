@@ -80,7 +80,7 @@ class Bench:
         self._facts = {
             "device_kind": jax.devices()[0].device_kind,
             "n_devices": mesh.size,
-            "n_parameters": flops.dit_parameters(training.dit),
+            "n_parameters": flops.dit_parameters(training.task.config),
             "batch_size": config.dit.batch_size,
             "tokens": synthetic.n_tokens(config),
             "flops": training.flops_per_step,

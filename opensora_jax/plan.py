@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from opensora_jax import cli
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.models.dit import REMAT_POLICIES
+from opensora_jax.planning import chips
 from opensora_jax.planning import compile as aot
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:4x4, v5p:4x4x8, v6e:16x16, ...")
@@ -104,7 +105,7 @@ def candidates(config: ConfigDict, n: int) -> Iterator[ConfigDict]:
             yield candidate
 
 
-def sweep(config: ConfigDict, where: aot.Slice) -> str:
+def sweep(config: ConfigDict, where: chips.Slice) -> str:
     """A table of the candidates that fit, the fastest first."""
     fitting, too_large = [], set()
     for candidate in candidates(config, len(where.devices)):
@@ -142,7 +143,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     jax.config.update("jax_platforms", "cpu")  # to plan takes no accelerator, and leaves them alone
     try:
-        where = aot.tpu_slice(_TOPOLOGY.value)
+        where = chips.tpu_slice(_TOPOLOGY.value)
         if _SWEEP.value:
             print(sweep(cli.CONFIG.value, where))
         else:

@@ -240,6 +240,19 @@ def restore_items(
     return _restore(folder, step, like, None)[0]
 
 
+def latest_step(folder: epath.PathLike, *, name: str = FOLDER) -> int:
+    """The step of the checkpoint that `restore_items` reads.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    folder = files.absolute(folder) / name
+    step = _last_whole(folder)
+    if step is None:
+        raise FileNotFoundError(f"{folder}: no checkpoint")
+    return step
+
+
 def broadcast_from_first(value: int) -> int:
     """Process 0's value, in every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

@@ -12,7 +12,7 @@ from flax import nnx
 
 from opensora_jax import files
 from opensora_jax.convert import table, torch_file
-from opensora_jax.models.clip_text import ClipText
+from opensora_jax.models.clip_text import ClipText, ClipTextConfig
 
 # What transformers' CLIPTextConfig assumes where config.json says nothing.
 CONFIG_DEFAULTS = {
@@ -78,25 +78,27 @@ def load_clip_text(name_or_folder: str | Path, dtype: jnp.dtype = jnp.float32) -
     folder = local_folder(name_or_folder)
     config = _text_config(folder / "config.json")
 
-    def make():
-        return ClipText(
-            vocab_size=config["vocab_size"],
-            width=config["hidden_size"],
-            depth=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            mlp_width=config["intermediate_size"],
-            max_length=config["max_position_embeddings"],
-            activation=config["hidden_act"],
-            norm_epsilon=config["layer_norm_eps"],
-            dtype=dtype,
-            rngs=nnx.Rngs(0),
-        )
-
+    config = ClipTextConfig(
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_width=config["intermediate_size"],
+        max_length=config["max_position_embeddings"],
+        activation=config["hidden_act"],
+        norm_epsilon=config["layer_norm_eps"],
+    )
     tensors = _weights(folder)
     # Text-only checkpoints of transformers 5 have no such prefix.
     prefix = "text_model." if any(name.startswith("text_model.") for name in tensors) else ""
     rows = [(prefix + theirs, ours, axes) for theirs, ours, axes in TABLE]
-    return table.fill(make, tensors, rows, source=str(folder), ignored=IGNORED)
+    return table.fill(
+        lambda: ClipText(config, rngs=nnx.Rngs(0), dtype=dtype),
+        tensors,
+        rows,
+        source=str(folder),
+        ignored=IGNORED,
+    )
 
 
 def local_folder(name_or_folder: str | Path) -> Path:

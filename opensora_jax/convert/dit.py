@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from opensora_jax.convert import table, torch_file
-from opensora_jax.models.dit import SIZES, DiT
+from opensora_jax.models.dit import SIZES, DiT, DiTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +44,13 @@ TABLE: list[table.Row] = [
 UNUSED = r"(pos_embed|x_embedder|y_embedder|final_layer)(\..*)?"
 
 
-def open_blocks(path: str | Path, make: Callable[[nnx.Rngs], DiT]) -> Callable[[], dict[str, Any]]:
+def open_blocks(path: str | Path, config: DiTConfig) -> Callable[[], dict[str, Any]]:
     """Checks that a checkpoint of facebookresearch/DiT fits a DiT, reading names and shapes only.
 
     Args:
         path: a bare state_dict, as published, or a checkpoint of their train.py, whose averaged
             weights ("ema") are taken.
-        make: constructor of the DiT; only its shapes are evaluated.
+        config: of the DiT.
 
     Returns:
         A function that reads the weights: a part of the DiT's tree of parameters, nested dicts
@@ -62,10 +62,9 @@ def open_blocks(path: str | Path, make: Callable[[nnx.Rngs], DiT]) -> Callable[[
             unexpected or misshapen weight.
     """
     tensors = _state_dict(torch_file.load(path), path)
-    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
     params = flax.traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep=".")
-    depth, width = params["blocks.modulation.kernel"].shape[:2]
-    _check_size(tensors, depth, width, model.heads, path)
+    _check_size(tensors, config, path)
     origins = table.match(params, tensors, TABLE, source=str(path), ignored=UNUSED)
 
     def load() -> dict[str, Any]:
@@ -94,20 +93,20 @@ def _state_dict(checkpoint: Any, path: str | Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _check_size(
-    tensors: dict[str, np.ndarray], depth: int, width: int, heads: int, path: str | Path
-) -> None:
+def _check_size(tensors: dict[str, np.ndarray], config: DiTConfig, path: str | Path) -> None:
     """Raises where the sizes differ; heads show in no shape, but go with each published size."""
     blocks = {match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     theirs = (len(blocks), tensors["blocks.0.attn.qkv.weight"].shape[-1])
-    if theirs != (depth, width):
+    if theirs != (config.depth, config.width):
         raise ValueError(
             f"{path}: a DiT of depth {theirs[0]} and width {theirs[1]}, "
-            f"expected depth {depth} and width {width} as the configuration says"
+            f"expected depth {config.depth} and width {config.width} as the configuration says"
         )
     for size in SIZES.values():
-        if size[:2] == theirs and size[2] != heads:
-            raise ValueError(f"{path}: a DiT of {size[2]} heads, the configuration says {heads}")
+        if size[:2] == theirs and size[2] != config.heads:
+            raise ValueError(
+                f"{path}: a DiT of {size[2]} heads, the configuration says {config.heads}"
+            )
 
 
 def _summary(arrays: dict[str, Any]) -> str:

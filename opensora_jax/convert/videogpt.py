@@ -10,7 +10,7 @@ from flax import nnx
 
 from opensora_jax.convert import table, torch_file
 from opensora_jax.convert.unpickle import Placeholder
-from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
 
 CONV = (2, 3, 4, 1, 0)  # (out, in, T, H, W) to (T, H, W, in, out)
 CONV_TRANSPOSE = (2, 3, 4, 0, 1)  # (in, out, T, H, W) to (T, H, W, in, out)
@@ -116,20 +116,16 @@ def load_videogpt(
     levels = len({name.split(".")[2] for name in tensors if name.startswith("encoder.convs.")})
     _check_downsample(downsample, levels, path)
 
-    def make():
-        return VQVAE(
-            n_codes=n_codes,
-            embedding_dim=embedding_dim,
-            n_hiddens=n_hiddens,
-            n_res_layers=n_res_layers,
-            downsample=downsample,
-            n_frames=n_frames or hyper_parameters.get("sequence_length") or 16,
-            rngs=nnx.Rngs(0),
-            dtype=dtype,
-        )
-
+    config = VQVAEConfig(
+        n_codes=n_codes,
+        embedding_dim=embedding_dim,
+        n_hiddens=n_hiddens,
+        n_res_layers=n_res_layers,
+        downsample=downsample,
+        n_frames=n_frames or hyper_parameters.get("sequence_length") or 16,
+    )
     model = table.fill(
-        make,
+        lambda: VQVAE(config, rngs=nnx.Rngs(0), dtype=dtype),
         # Its codes were learned: training on from here must not draw them again.
         {**tensors, "is_initialized": np.array(True)},
         name_table(n_res_layers),

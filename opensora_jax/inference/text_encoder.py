@@ -40,13 +40,13 @@ class TextEncoder:
         folder = clip.local_folder(name_or_folder)
         self._tokenizer = _load_tokenizer(folder)
         model = clip.load_clip_text(folder, dtype)
-        if len(self._tokenizer) > model.vocab_size:
+        if len(self._tokenizer) > model.config.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has {len(self._tokenizer)} tokens, the model "
-                f"embeddings for {model.vocab_size}"
+                f"embeddings for {model.config.vocab_size}"
             )
-        self.width = model.width
-        self.max_length = model.max_length
+        self.width = model.config.width
+        self.max_length = model.config.max_length
         graph, self._weights = nnx.split(model)
         self._apply = jax.jit(lambda weights, *inputs: nnx.merge(graph, weights)(*inputs))
 

@@ -3,6 +3,7 @@
 Legend: T frames of a window, t frames of its codes, H, W pixels, h, w codes.
 """
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert import videogpt
-from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
 from opensora_jax.tasks.vqvae import VQVAETask, to_float, to_uint8
 
 
@@ -32,8 +33,7 @@ def load_tokenizer(path: str | Path) -> VQVAE:
     path = Path(path)
     if path.is_file():
         return videogpt.load_videogpt(path)
-    arguments = checkpoint.read_model(path)
-    task = VQVAETask(lambda rngs: VQVAE(**arguments, rngs=rngs))
+    task = VQVAETask(VQVAEConfig(**checkpoint.read_model(path)))
     params, extra = jax.eval_shape(task.init, jax.random.key(0))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
@@ -50,7 +50,7 @@ def save_tokenizer(folder: str | Path, model: VQVAE) -> None:
     Raises:
       ValueError: if the folder holds another model.
     """
-    checkpoint.record_model(folder, model.arguments)
+    checkpoint.record_model(folder, dataclasses.asdict(model.config))
     _, params, extra = nnx.split(model, nnx.Param, ...)
     params, extra = nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
     checkpoints = checkpoint.Checkpoints(folder)
