@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from opensora_jax.data import moving_shapes, video_io
-from opensora_jax.report import page as report
+from opensora_jax.report import sections
+from opensora_jax.stages import report
 from opensora_jax.train.metrics_log import MetricsWriter
 
 CONFIG = ConfigDict({"seed": 7, "sample": {"prompts": ("<b>bold</b>",)}})
@@ -183,7 +184,7 @@ def test_curves(whole):
     ]
     assert len(page.attributes("svg")) == len(charts) + 1  # and the codebook's
     labels = page.inside("text")
-    for label in ("t=0.1", "mean", "training batches", "evaluation videos"):
+    for label in ("t=0.1", "mean", "training batches", "held-out videos"):
         assert labels.count(label) == 1
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -231,13 +232,13 @@ def test_many_and_large_videos_are_left_out(tmp_path, monkeypatch):
         latest = write_samples(tmp_path, step, prompts)
     report.run(CONFIG, tmp_path)
     videos = Page(tmp_path).videos
-    assert len(videos) == report._MOST_VIDEOS
-    assert videos[::3] == latest[: report._MOST_PROMPTS]
-    monkeypatch.setattr(report, "_SAMPLE_BYTES", sum(map(len, latest[:3])))
+    assert len(videos) == sections._MOST_VIDEOS
+    assert videos[::3] == latest[: sections._MOST_PROMPTS]
+    monkeypatch.setattr(sections, "_SAMPLE_BYTES", sum(map(len, latest[:3])))
     report.run(CONFIG, tmp_path)
     page = Page(tmp_path)
     assert page.videos == latest[:3]
-    assert page.inside("p").count("too large for this page") == report._MOST_PROMPTS - 3
+    assert page.inside("p").count("too large for this page") == sections._MOST_PROMPTS - 3
 
 
 def test_a_damaged_file_is_named(tmp_path):
