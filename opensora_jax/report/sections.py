@@ -24,13 +24,13 @@ from opensora_jax.data import moving_shapes
 from opensora_jax.report import charts, curves
 
 # Browsers of phones play no more than 40 videos on a page.
-_MOST_VIDEOS = 36
-_MOST_PROMPTS = 12
-_MOST_EARLIER_STEPS = 6
+_MAX_VIDEOS = 36
+_MAX_PROMPTS = 12
+_MAX_EARLIER_STEPS = 6
 # Bytes of videos on the page, where they take a third more: the page stays below 15 MB.
 _SAMPLE_BYTES = 7_000_000
 _RECONSTRUCTION_BYTES = 3_000_000
-_MOST_NAMES = 100  # of left-out videos
+_MAX_NAMES = 100  # of left-out videos
 
 _FIDELITY_COLUMNS = ("all", "color", "shape", "direction")
 
@@ -57,7 +57,7 @@ def gather(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         "codebook": _codebook(reconstruction),
         "vqvae": curves.gather(workdir / "vqvae"),
         "dataset": _dataset(_read(workdir / "dataset" / "metadata.json")),
-        "made": _made(workdir, seconds),
+        "provenance": _provenance(workdir, seconds),
         "config": config.to_json_best_effort(indent=2),
     }
 
@@ -91,8 +91,8 @@ def _samples(folder):
     if not steps:
         return None
     last, *before = sorted(steps, reverse=True)
-    shown = list(steps[last])[:_MOST_PROMPTS]
-    n_earlier = min(_MOST_EARLIER_STEPS, _MOST_VIDEOS // max(len(shown), 1) - 1, len(before))
+    shown = list(steps[last])[:_MAX_PROMPTS]
+    n_earlier = min(_MAX_EARLIER_STEPS, _MAX_VIDEOS // max(len(shown), 1) - 1, len(before))
     earlier = [before[i] for i in np.linspace(len(before) - 1, 0, n_earlier).astype(int)]
     paths = {
         # The name alone: no other file of this machine gets onto the page.
@@ -195,14 +195,14 @@ def _dataset(metadata):
             ("VQ-VAE", metadata.get("vqvae")),
         ],
         "left_out": [
-            {"kind": kind, "n": len(videos), "named": videos[:_MOST_NAMES]}
+            {"kind": kind, "n": len(videos), "named": videos[:_MAX_NAMES]}
             for kind, videos in left_out
             if videos
         ],
     }
 
 
-def _made(workdir, seconds):
+def _provenance(workdir, seconds):
     """Versions, devices and time by stage."""
     devices = Counter(device.device_kind for device in jax.devices())
     return [
@@ -224,14 +224,14 @@ def _read(path: epath.Path, kind: type = dict) -> Any:
     return files.read_json(path, kind) if path.exists() else kind()
 
 
-def _embed(paths: Iterable[epath.Path], most_bytes: int) -> dict[epath.Path, str]:
+def _embed(paths: Iterable[epath.Path], max_bytes: int) -> dict[epath.Path, str]:
     """The files in base64: those that exist, the first while they fit."""
     videos = {}
     for path in paths:
-        if not path.is_file() or path.stat().length > most_bytes:
+        if not path.is_file() or path.stat().length > max_bytes:
             continue
         data = path.read_bytes()
-        most_bytes -= len(data)
+        max_bytes -= len(data)
         videos[path] = base64.b64encode(data).decode()
     return videos
 

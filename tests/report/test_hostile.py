@@ -22,7 +22,7 @@ def reported(workdir, text, monkeypatch):
     name = text.replace("/", "|")[:120]  # of a file
     workdir = workdir / name
     workdir.mkdir()
-    monkeypatch.setattr(sections, "_MOST_PROMPTS", 1)  # so that the remark names the folder
+    monkeypatch.setattr(sections, "_MAX_PROMPTS", 1)  # so that the remark names the folder
     monkeypatch.setattr(sections, "_RECONSTRUCTION_BYTES", 1)  # and this section the file
     monkeypatch.setattr("sys.orig_argv", ["python", "-m", "opensora_jax.main", text])
     write_samples(workdir, 10, [text, "other"])

@@ -145,13 +145,13 @@ def test_many_and_large_videos_are_left_out(tmp_path, monkeypatch):
         latest = write_samples(tmp_path, step, prompts)
     report.run(CONFIG, tmp_path)
     videos = Page(tmp_path).videos
-    assert len(videos) == sections._MOST_VIDEOS
-    assert videos[::3] == latest[: sections._MOST_PROMPTS]
+    assert len(videos) == sections._MAX_VIDEOS
+    assert videos[::3] == latest[: sections._MAX_PROMPTS]
     monkeypatch.setattr(sections, "_SAMPLE_BYTES", sum(map(len, latest[:3])))
     report.run(CONFIG, tmp_path)
     page = Page(tmp_path)
     assert page.videos == latest[:3]
-    assert page.inside("p").count("too large for this page") == sections._MOST_PROMPTS - 3
+    assert page.inside("p").count("too large for this page") == sections._MAX_PROMPTS - 3
 
 
 @pytest.mark.parametrize(
