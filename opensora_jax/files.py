@@ -30,20 +30,21 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: epath.PathLike) -> dict[str, Any]:
-    """The object that a JSON file holds.
+def read_json(path: epath.PathLike, kind: type = dict) -> Any:
+    """What a JSON file holds: an object or, where `kind` is `list`, an array.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not JSON, or something other than an object; the message names the file.
+      ValueError: not JSON, or something other than `kind`; the message names the file.
     """
     path = epath.Path(path)
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {short(str(error))}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}: expected an object")
+    if not isinstance(value, kind):
+        expected = {dict: "an object", list: "an array"}[kind]
+        raise ValueError(f"{path}: holds a {type(value).__name__}: expected {expected}")
     return value
 
 
