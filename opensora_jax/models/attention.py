@@ -13,6 +13,8 @@ from opensora_jax.models import cpu
 
 # The kind of device that each implementation runs on; None: any.
 BACKENDS = {"xla": None, "cudnn": "gpu", "splash": "tpu"}
+# What a configuration may say; auto: the fastest that there is.
+NAMES = ("auto", *BACKENDS)
 
 
 def cudnn_can(head_size: int, dtype: jnp.dtype) -> bool:
