@@ -8,14 +8,15 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from opensora_jax.convert import table, torch_file
+from opensora_jax.files import short
 from opensora_jax.models.dit import SIZES, DiT
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ TABLE: list[table.Row] = [
 UNUSED = r"(pos_embed|x_embedder|y_embedder|final_layer)(\..*)?"
 
 
-def open_blocks(path: str | Path, make: Callable[[nnx.Rngs], DiT]) -> Callable[[], dict[str, Any]]:
+def open_blocks(
+    path: epath.PathLike, make: Callable[[nnx.Rngs], DiT]
+) -> Callable[[], dict[str, Any]]:
     """Checks that a checkpoint of facebookresearch/DiT fits a DiT, reading names and shapes only.
 
     Args:
@@ -80,7 +83,7 @@ def open_blocks(path: str | Path, make: Callable[[nnx.Rngs], DiT]) -> Callable[[
     return load
 
 
-def _state_dict(checkpoint: Any, path: str | Path) -> dict[str, np.ndarray]:
+def _state_dict(checkpoint: Any, path: epath.PathLike) -> dict[str, np.ndarray]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint")
     wholes = [checkpoint[key] for key in ("ema", "model", "state_dict") if key in checkpoint]
@@ -90,12 +93,14 @@ def _state_dict(checkpoint: Any, path: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: no matrix {first}; expected a DiT of facebookresearch/DiT")
     for name, x in tensors.items():
         if not isinstance(name, str) or not isinstance(x, np.ndarray):
-            raise ValueError(f"{path}: {name} is a {type(x).__name__}, expected only tensors")
+            raise ValueError(
+                f"{path}: {short(name)} is a {type(x).__name__}, expected only tensors"
+            )
     return tensors
 
 
 def _check_size(
-    tensors: dict[str, np.ndarray], depth: int, width: int, heads: int, path: str | Path
+    tensors: dict[str, np.ndarray], depth: int, width: int, heads: int, path: epath.PathLike
 ) -> None:
     """Raises where the sizes differ; heads show in no shape, but go with each published size."""
     blocks = {match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}

@@ -158,9 +158,9 @@ def test_wrong_weights_are_named(path, tensors):
     with pytest.raises(ValueError, match=r"dit\.pt: the weights do not fit") as error:
         open_blocks(path, make)
     message = str(error.value)
-    assert message.count("missing blocks.1.attn.qkv.bias (144,)") == 1  # not once for each third
-    assert "unexpected blocks.0.attn.q_norm.weight" in message
-    assert "blocks.1.mlp.fc1.weight has shape (96, 48), expected (192, 48)" in message
+    assert message.count("missing 'blocks.1.attn.qkv.bias' (144,)") == 1  # not once for each third
+    assert "unexpected 'blocks.0.attn.q_norm.weight'" in message
+    assert "'blocks.1.mlp.fc1.weight' has shape (96, 48), expected (192, 48)" in message
     assert message.count(";") == 2  # and nothing else
 
 
@@ -171,7 +171,7 @@ def test_wrong_weights_are_named(path, tensors):
         ({"ema": None}, r"no matrix blocks\.0\.attn\.qkv\.weight"),
         ({"codebook.embeddings": np.zeros((2, 2), np.float32)}, "expected a DiT of facebook"),
         ({"blocks.0.attn.qkv.weight": np.zeros(3, np.float32)}, "no matrix"),
-        ({"blocks.0.attn.qkv.weight": np.zeros((3, 1), np.float32), "x": 3}, "x is a int"),
+        ({"blocks.0.attn.qkv.weight": np.zeros((3, 1), np.float32), "x": 3}, "'x' is a int"),
     ],
 )
 def test_other_files_are_refused(path, content, match):
