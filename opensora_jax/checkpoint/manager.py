@@ -240,6 +240,13 @@ def restore_items(
     return _restore(folder, step, like, None)[0]
 
 
+def read_config(folder: epath.PathLike) -> dict[str, Any]:
+    """What the last checkpoint in `folder` says of the configuration; empty where there is none."""
+    folder = files.absolute(folder) / FOLDER
+    step = _last_whole(folder, parts=(_ABOUT,), may_start_over=True)
+    return {} if step is None else _restore(folder, step, {}, None)[1]["run"]["config"]
+
+
 def broadcast_from_first(value: int) -> int:
     """Process 0's value, in every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

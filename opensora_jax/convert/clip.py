@@ -67,18 +67,18 @@ def load_clip_text(name_or_folder: epath.PathLike, dtype: jnp.dtype = jnp.float3
     """The text encoder of a CLIP checkpoint.
 
     Args:
-        name_or_folder: a folder in the hub layout, or a model's name on the Hugging Face hub:
-            `config.json` of a CLIPModel, CLIPTextModel or CLIPTextModelWithProjection beside
-            `model.safetensors`, `flax_model.msgpack` or `pytorch_model.bin` (the first that is
-            there; a sharded one with its `.index.json` too).
-        dtype: compute dtype; parameters are float32.
+      name_or_folder: a folder in the hub layout, or a model's name on the Hugging Face hub:
+        `config.json` of a CLIPModel, CLIPTextModel or CLIPTextModelWithProjection beside
+        `model.safetensors`, `flax_model.msgpack` or `pytorch_model.bin` (the first that is
+        there; a sharded one with its `.index.json` too).
+      dtype: compute dtype; parameters are float32.
 
     Returns:
-        model(input_ids, attention_mask) -> last_hidden_state (B, S, D).
+      model(input_ids, attention_mask) -> last_hidden_state (B, S, D).
 
     Raises:
-        FileNotFoundError: no such folder or hub name, no config or weights in it.
-        ValueError: another kind of model, or a missing, unexpected or misshapen weight.
+      FileNotFoundError: no such folder or hub name, no config or weights in it.
+      ValueError: another kind of model, or a missing, unexpected or misshapen weight.
     """
     folder = local_folder(name_or_folder)
     config = _text_config(folder / "config.json")
@@ -110,7 +110,7 @@ def local_folder(name_or_folder: epath.PathLike) -> Path:
     What is not there yet is copied or downloaded.
 
     Raises:
-        FileNotFoundError: neither a folder nor a model the hub gives us.
+      FileNotFoundError: neither a folder nor a model the hub gives us.
     """
     if files.is_remote(name_or_folder):
         return files.fetch(name_or_folder, "config.json")

@@ -51,18 +51,18 @@ def open_blocks(
     """Checks that a checkpoint of facebookresearch/DiT fits a DiT, reading names and shapes only.
 
     Args:
-        path: a bare state_dict, as published, or a checkpoint of their train.py, whose averaged
-            weights ("ema") are taken.
-        make: constructor of the DiT; only its shapes are evaluated.
+      path: a bare state_dict, as published, or a checkpoint of their train.py, whose averaged
+        weights ("ema") are taken.
+      make: constructor of the DiT; only its shapes are evaluated.
 
     Returns:
-        A function that reads the weights: a part of the DiT's tree of parameters, nested dicts
-        with numpy arrays. It logs what is in it and what is not.
+      A function that reads the weights: a part of the DiT's tree of parameters, nested dicts
+      with numpy arrays. It logs what is in it and what is not.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a checkpoint; another depth, width or number of heads; a missing,
-            unexpected or misshapen weight.
+      FileNotFoundError: no such file.
+      ValueError: not such a checkpoint; another depth, width or number of heads; a missing,
+        unexpected or misshapen weight.
     """
     tensors = _state_dict(torch_file.load(path), path)
     model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))

@@ -34,14 +34,14 @@ def fill(
     """The module that `make` constructs, holding `tensors`.
 
     Args:
-        make: constructor without arguments; only its shapes are evaluated.
-        tensors: arrays by their name, cast to the dtype of the parameter they fill.
-        table: one row for every parameter, see the top of this file.
-        source: the file or folder that errors name.
-        ignored: regular expression of the names that have no place in the module.
+      make: constructor without arguments; only its shapes are evaluated.
+      tensors: arrays by their name, cast to the dtype of the parameter they fill.
+      table: one row for every parameter, see the top of this file.
+      source: the file or folder that errors name.
+      ignored: regular expression of the names that have no place in the module.
 
     Raises:
-        ValueError: names the first of the missing, misshapen and unexpected weights.
+      ValueError: names the first of the missing, misshapen and unexpected weights.
     """
     graph, abstract = nnx.split(nnx.eval_shape(make))
     variables = {".".join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(abstract)}
@@ -83,7 +83,7 @@ def match(
     """The origin of each parameter that `table` has a row for.
 
     Args:
-        params: what has a shape and a dtype, by our path.
+      params: what has a shape and a dtype, by our path.
 
     The other arguments, and the error, are those of `fill`.
     """

@@ -77,18 +77,18 @@ def load(path: epath.PathLike) -> Any:
     """What was saved: nested containers with numpy arrays as leaves.
 
     Args:
-        path: a .pt, .pth, .bin or .ckpt file of PyTorch 1.6 or later, or a .safetensors file; told
-            apart by content.
+      path: a .pt, .pth, .bin or .ckpt file of PyTorch 1.6 or later, or a .safetensors file; told
+        apart by content.
 
     Returns:
-        The saved object: dictionaries, lists, tuples, sets and plain values as themselves, tensors
-        as arrays (mostly read-only and memory-mapped; bfloat16 of ml_dtypes), an object of any
-        other class as an `unpickle.Placeholder`. A safetensors file gives one flat dictionary.
+      The saved object: dictionaries, lists, tuples, sets and plain values as themselves, tensors
+      as arrays (mostly read-only and memory-mapped; bfloat16 of ml_dtypes), an object of any
+      other class as an `unpickle.Placeholder`. A safetensors file gives one flat dictionary.
 
     Raises:
-        FileNotFoundError: no such file.
-        TorchFileError: not such a file, an older format, truncated, corrupt, or a pickle that
-            would call something; the message names the file and the reason.
+      FileNotFoundError: no such file.
+      TorchFileError: not such a file, an older format, truncated, corrupt, or a pickle that
+        would call something; the message names the file and the reason.
     """
     local = files.fetch_file(path)
     try:

@@ -30,11 +30,11 @@ class Placeholder:
     """An object of a class that is never imported, with all that the pickle says of it.
 
     Attributes:
-        name: `module.name` of its class.
-        args: arguments of its constructor.
-        state: what it would restore itself from, mostly a dictionary of its attributes.
-        items: what it holds, for a subclass of list or set.
-        entries: what it holds, for a subclass of dict.
+      name: `module.name` of its class.
+      args: arguments of its constructor.
+      state: what it would restore itself from, mostly a dictionary of its attributes.
+      items: what it holds, for a subclass of list or set.
+      entries: what it holds, for a subclass of dict.
     """
 
     def __init__(self, name: str, args: Any):
@@ -70,12 +70,12 @@ def unpickle(data: bytes, calls: dict[str, Callable], persistent_load: Callable[
     """The object that the pickle `data`, of any protocol, describes.
 
     Args:
-        data: the pickle.
-        calls: `module.name` -> our function for it; with `CALLS` the only ones that are called.
-        persistent_load: our function for a persistent id (PyTorch's: a storage).
+      data: the pickle.
+      calls: `module.name` -> our function for it; with `CALLS` the only ones that are called.
+      persistent_load: our function for a persistent id (PyTorch's: a storage).
 
     Raises:
-        TorchFileError: malformed, or a call of anything else, which the message names.
+      TorchFileError: malformed, or a call of anything else, which the message names.
     """
     machine = _Machine({**CALLS, **calls}, persistent_load)
     try:

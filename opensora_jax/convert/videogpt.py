@@ -87,20 +87,20 @@ def load_videogpt(
     All other sizes follow from the shapes of the weights.
 
     Args:
-        path: the file, of any kind that `torch_file.load` reads.
-        downsample: (T, H, W) factors; the checkpoint's own by default. A bare state_dict does not
-            say them.
-        n_frames: length of the videos it was trained on; the checkpoint's own by default, 16 where
-            it says none.
-        dtype: compute dtype.
+      path: the file, of any kind that `torch_file.load` reads.
+      downsample: (T, H, W) factors; the checkpoint's own by default. A bare state_dict does not
+        say them.
+      n_frames: length of the videos it was trained on; the checkpoint's own by default, 16 where
+        it says none.
+      dtype: compute dtype.
 
     Returns:
-        The model in evaluation mode.
+      The model in evaluation mode.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a checkpoint; a missing, unexpected or misshapen weight; unknown or
-            impossible `downsample`.
+      FileNotFoundError: no such file.
+      ValueError: not such a checkpoint; a missing, unexpected or misshapen weight; unknown or
+        impossible `downsample`.
     """
     checkpoint = torch_file.load(path)
     tensors, hyper_parameters = _contents(checkpoint, path)
