@@ -31,16 +31,11 @@ def main() -> None:
         "--resolution",
         type=int,
         nargs="+",
-        default=[128],
         metavar="PIXELS",
         help="height and width, or one number for both: videos are resized to cover this, then "
-        "cropped to it",
+        "cropped to it (default: 128)",
     )
-    add(
-        "--fps",
-        type=cli.number(float, 0.1, 1000),
-        help="resample to this frame rate (default: each video's own)",
-    )
+    add("--fps", type=float, help="resample to this frame rate (default: each video's own)")
     add(
         "--max_frames",
         type=int,
@@ -65,10 +60,10 @@ def main() -> None:
         help="videos between points to go on from after an interruption",
     )
     arguments = vars(parser.parse_args())
-    if len(arguments["resolution"]) > 2:
-        parser.error(f"--resolution {arguments['resolution']}: expected one or two numbers")
-    # One number stands for both sides.
-    arguments["resolution"] = (arguments["resolution"] * 2)[:2]
+    resolution = arguments["resolution"] or [128]
+    if len(resolution) > 2:
+        parser.error(f"--resolution {resolution}: expected one or two numbers")
+    arguments["resolution"] = (resolution * 2)[:2]  # one number stands for both sides
     paths = [arguments.pop(name) for name in ("captions", "videos", "output")]
     runtime.keep_compiled_programs()
     preprocess(*paths, **arguments)

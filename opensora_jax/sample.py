@@ -139,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--height", type=cli.number(int, 1), help="pixels (default: as in training)")
     add("--width", type=cli.number(int, 1), help="pixels (default: as in training)")
     add(
-        "--fps", type=cli.number(float, 0.1, 1000), help="frames a second (default: as in training)"
+        "--fps",
+        type=cli.number(float, 0.01, 1000),
+        help="frames a second (default: as in training)",
     )
     add("--batch_size", type=cli.number(int, 1), default=16, help="videos drawn at once")
     return parser
