@@ -9,6 +9,7 @@ Draws videos for prompts with the averaged weights of a trained DiT.
 import argparse
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 from etils import epath
 
@@ -29,20 +30,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jax
 
     from opensora_jax import runtime
-    from opensora_jax.checkpoint import manager as checkpoint
     from opensora_jax.data import video_io
     from opensora_jax.inference.generator import Generator
 
     runtime.keep_compiled_programs()
     folder = _dit_folder(files.absolute(args.workdir))
-    defaults = {**DEFAULTS, **checkpoint.read_config(folder).get("sample", {})}
-    given = {name: getattr(args, name) for name in DEFAULTS}
-    chosen = {name: defaults[name] if x is None else x for name, x in given.items()}
     generator = Generator.load(folder)
     videos = generator.sample(
         prompts,
         params=generator.restore(folder, best=args.best),
-        **chosen,
+        **_settings(args, folder),
         seed=args.seed,
         grid=generator.latent_grid(args.frames, args.height, args.width),
         batch_size=args.batch_size,
@@ -84,7 +81,8 @@ def _outputs(output: epath.Path, n: int) -> list[epath.Path]:
             raise IsADirectoryError(f"--output={path}: a folder, expected the name of a file")
     if not files.is_remote(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):  # whether it can be written
+        # Whether they can be written: like this one, videos have a longer name at first.
+        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{outputs[-1].name}."):
             pass
     return outputs
 
@@ -108,6 +106,15 @@ def _dit_folder(workdir: epath.Path) -> epath.Path:
     if workdir.name == "dit" and (workdir / checkpoint.MODEL_FILE).exists():
         raise FileNotFoundError(f"--workdir={workdir}: did you mean {workdir.parent}?")
     raise FileNotFoundError(f"--workdir={workdir}: no DiT was trained here")
+
+
+def _settings(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
+    """Those of `DEFAULTS`: as given, or else as the DiT in `folder` was trained with."""
+    from opensora_jax.checkpoint import manager as checkpoint
+
+    trained = {**DEFAULTS, **checkpoint.read_config(folder).get("sample", {})}
+    given = {name: getattr(args, name) for name in DEFAULTS}
+    return {name: trained[name] if value is None else value for name, value in given.items()}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _trained(name: str) -> str:
-    return f"(default: the training's sample.{name}, or {DEFAULTS[name]} where it is not known)"
+    return f"(default: the training's sample.{name}, or {DEFAULTS[name]} if unknown)"
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def load_tokenizer(path: epath.PathLike) -> VQVAE:
         task, (params, extra) = _task(arguments)
     except (TypeError, ValueError, OverflowError) as error:
         model_file = path / checkpoint.MODEL_FILE
-        raise ValueError(f"{model_file}: no tokenizer's: {files.short(str(error))}") from error
+        raise ValueError(
+            f"{model_file}: describes no tokenizer: {files.short(str(error))}"
+        ) from error
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
