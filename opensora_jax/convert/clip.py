@@ -14,7 +14,7 @@ from flax import nnx
 from opensora_jax import files
 from opensora_jax.convert import table, torch_file
 from opensora_jax.files import short
-from opensora_jax.models.clip_text import ClipText
+from opensora_jax.models.clip_text import ACTIVATIONS, ClipText
 
 # What transformers' CLIPTextConfig assumes where config.json says nothing.
 CONFIG_DEFAULTS = {
@@ -153,6 +153,9 @@ def _text_config(path: Path) -> dict:
         value, most = config[key], MOST_LAYERS if key == "num_hidden_layers" else MOST
         if type(value) is not type(default) or (type(value) is not str and not 0 < value <= most):
             raise ValueError(f"{path}: {key}={short(value)}, expected something like {default!r}")
+    if config["hidden_act"] not in ACTIVATIONS:
+        found = short(config["hidden_act"])
+        raise ValueError(f"{path}: hidden_act={found}, expected one of {', '.join(ACTIVATIONS)}")
     return config
 
 
