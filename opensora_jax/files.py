@@ -162,16 +162,32 @@ def fetch(folder: epath.PathLike, key: str) -> Path:
     version = hashlib.sha256(f"{folder}\n".encode() + (folder / key).read_bytes()).hexdigest()
     copy = cache() / "fetched" / version[:16]
     for path in walk(folder):
-        target = copy / path.relative_to(folder)
-        if target.exists():
-            continue
-        logger.info("copying %s to %s", path, target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Other processes of this machine may be at the same file.
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        path.copy(temporary, overwrite=True)
-        temporary.replace(target)
+        _copy(path, copy / path.relative_to(folder))
     return copy
+
+
+def fetch_file(path: epath.PathLike) -> Path:
+    """As `fetch`, of one file; versions are told apart by size and time."""
+    path = epath.Path(path)
+    if not is_remote(path):
+        return Path(path)
+    stat = path.stat()
+    version = hashlib.sha256(f"{path}\n{stat.length}\n{stat.mtime}".encode()).hexdigest()
+    copy = cache() / "fetched" / version[:16] / path.name
+    _copy(path, copy)
+    return copy
+
+
+def _copy(path: epath.Path, target: Path) -> None:
+    """Copies a file to this machine if it is not there yet."""
+    if target.exists():
+        return
+    logger.info("copying %s to %s", path, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Other processes of this machine may be at the same file.
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    path.copy(temporary, overwrite=True)
+    temporary.replace(target)
 
 
 @contextlib.contextmanager

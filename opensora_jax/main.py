@@ -5,13 +5,12 @@ python -m opensora_jax.main --config=configs/quickstart.py --workdir=runs/quicks
 
 import json
 import logging
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from opensora_jax import cli, files, runtime
 from opensora_jax import config as config_lib
@@ -21,24 +20,17 @@ logger = logging.getLogger("opensora_jax.main")  # not __main__, which it runs a
 # What these read is not in the workdir, if the configuration says where it is.
 _REMOTE_STAGES = {"dit", "vqvae"}
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything is written; by default runs/ and the config's name."
-)
 
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = cli.CONFIG.value
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = files.absolute(_WORKDIR.value or Path("runs") / name)
-    try:
-        runtime.start()
-        config_lib.check(config)
-        run(config, workdir)
-    except (*cli.USER_ERRORS, ImportError) as error:  # object stores need packages of their own
-        logger.debug("stopped", exc_info=True)
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.parser(__doc__, prog="python -m opensora_jax.main")
+    parser.add_argument(
+        "--workdir", help="where everything is written (default: runs/ and the config's name)"
+    )
+    args, config = cli.parse_with_config(parser, argv)
+    workdir = files.absolute(args.workdir or Path("runs") / Path(args.config).stem)
+    runtime.start()
+    config_lib.check(config)
+    run(config, workdir)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -84,5 +76,4 @@ def _add_seconds(workdir: Path, stage: str, seconds: float) -> None:
 
 if __name__ == "__main__":
     runtime.use_huge_pages()
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=cli.parse_flags)
+    cli.run(main)

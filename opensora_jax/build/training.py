@@ -65,9 +65,9 @@ def settings(
     )
 
 
-def recorded(config: ConfigDict, part: str) -> dict[str, Any]:
-    """What checkpoints of `part`, vqvae or dit, say of the configuration, for JSON."""
-    chosen = {name: config[name] for name in ("seed", "mesh", "data", part)}
+def recorded(config: ConfigDict, *parts: str) -> dict[str, Any]:
+    """What checkpoints say of the configuration, for JSON: of everything shared, and of `parts`."""
+    chosen = {name: config[name] for name in ("seed", "mesh", "data", *parts)}
     return json.loads(ConfigDict(chosen).to_json())
 
 

@@ -253,6 +253,13 @@ def latest_step(folder: epath.PathLike, *, name: str = FOLDER) -> int:
     return step
 
 
+def read_config(folder: epath.PathLike) -> dict[str, Any]:
+    """What the last checkpoint in `folder` says of the configuration; empty where there is none."""
+    folder = files.absolute(folder) / FOLDER
+    step = _last_whole(folder, parts=(_ABOUT,), may_start_over=True)
+    return {} if step is None else _restore(folder, step, {}, None)[1]["run"]["config"]
+
+
 def broadcast_from_first(value: int) -> int:
     """Process 0's value, in every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

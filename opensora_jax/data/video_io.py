@@ -25,7 +25,7 @@ _TIME_ERROR_SECONDS = 0.002
 _OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
-class VideoError(Exception):
+class VideoError(ValueError):
     """A video file cannot be read or written; the message names the file and the reason."""
 
 

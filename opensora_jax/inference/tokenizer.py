@@ -7,34 +7,43 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from opensora_jax import files
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert import videogpt
 from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
 from opensora_jax.tasks.vqvae import VQVAETask, to_float, to_uint8
 
 
-def load_tokenizer(path: str | Path) -> VQVAE:
-    """The VQ-VAE of a training or imported folder, or of a VideoGPT checkpoint file.
+def load_tokenizer(path: epath.PathLike) -> VQVAE:
+    """The tokenizer of a training or imported folder, or of a VideoGPT checkpoint file.
 
     Returns:
       The model in evaluation mode, with averaged weights.
 
     Raises:
-      FileNotFoundError: nothing there.
-      ValueError: a file that is no such checkpoint.
+      FileNotFoundError: nothing there, or a folder without a tokenizer.
+      ValueError: a file or folder of something else.
     """
-    path = Path(path)
+    path = epath.Path(path)
     if path.is_file():
         return videogpt.load_videogpt(path)
-    task = VQVAETask(VQVAEConfig(**checkpoint.read_model(path)))
-    params, extra = jax.eval_shape(task.init, jax.random.key(0))
+    description = _description(path)
+    try:
+        task = VQVAETask(VQVAEConfig(**description))
+        params, extra = jax.eval_shape(task.init, jax.random.key(0))
+    except (TypeError, ValueError, OverflowError) as error:
+        model_file = path / checkpoint.MODEL_FILE
+        raise ValueError(
+            f"{model_file}: describes no tokenizer: {files.short(str(error))}"
+        ) from error
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
@@ -44,7 +53,24 @@ def load_tokenizer(path: str | Path) -> VQVAE:
     return task.model(restored["ema"], restored["extra"])
 
 
-def save_tokenizer(folder: str | Path, model: VQVAE) -> None:
+def _description(folder: epath.Path) -> dict[str, Any]:
+    """What model.json says of the tokenizer in `folder`."""
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such file or folder: expected a tokenizer")
+    inside = folder / "vqvae"
+    is_workdir = (inside / checkpoint.MODEL_FILE).exists()
+    if is_workdir and not (folder / checkpoint.MODEL_FILE).exists():
+        raise FileNotFoundError(f"{folder}: holds no tokenizer: did you mean {inside}?")
+    description = checkpoint.read_model(folder)
+    if "dit" in description:
+        its_own = files.short(description.get("vqvae"))
+        raise ValueError(
+            f"{folder}: holds a DiT, not a tokenizer: did you mean its own, {its_own}?"
+        )
+    return description
+
+
+def save_tokenizer(folder: epath.PathLike, model: VQVAE) -> None:
     """Writes `model` so that `load_tokenizer` reads it from `folder`.
 
     Raises:

@@ -105,7 +105,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         settings=training.settings,
         evaluations=evaluations,
         start_from=start_from,
-        config=build.recorded(config, "dit"),
+        config=build.recorded(config, "dit", "sample"),
     )
     build.mark_trained(folder, c.steps)
 
