@@ -46,7 +46,7 @@ _ARGUMENTS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0])
 _MISSING_SHARE = 0.1
 
 
-class VideoError(Exception):
+class VideoError(ValueError):
     """A video file cannot be read or written; the message names the file and the reason."""
 
     def __init__(self, path: str | os.PathLike, reason: str):

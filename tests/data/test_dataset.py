@@ -8,8 +8,9 @@ import datasets
 import numpy as np
 import pytest
 
-from opensora_jax.data import dataset
-from opensora_jax.data.dataset import DatasetError, open_dataset, write_part
+from opensora_jax.data import dataset, dataset_writer
+from opensora_jax.data.dataset import DatasetError, open_dataset
+from opensora_jax.data.dataset_writer import write_part
 
 N_CODES = 50
 METADATA = {
@@ -48,7 +49,7 @@ def make_dataset(folder, part_sizes=(3, 4, 2), **options):
     remaining = iter(rows)
     for index, size in enumerate(part_sizes):
         write_part(folder, index, [next(remaining) for _ in range(size)], N_CODES, EMPTY_RECORD)
-    dataset.finish_dataset(folder, METADATA, make_codebook())
+    dataset_writer.finish_dataset(folder, METADATA, make_codebook())
     return rows
 
 
@@ -133,7 +134,7 @@ def test_a_large_codebook_takes_wider_integers(tmp_path):
     rows = make_rows(1)
     rows[0]["video_latent_states"][0, 0, 0] = 70_000
     write_part(tmp_path, 0, rows, 70_001, EMPTY_RECORD)
-    dataset.finish_dataset(tmp_path, METADATA, np.zeros((70_001, 2)))
+    dataset_writer.finish_dataset(tmp_path, METADATA, np.zeros((70_001, 2)))
     codes = open_dataset(tmp_path)[0]["video_latent_states"]
     assert codes.dtype == np.int32
     assert codes[0, 0, 0] == 70_000
@@ -302,12 +303,12 @@ def test_a_part_is_whole_or_not_there(tmp_path):
     # Interrupted between the rows and the record that makes them count: written anew.
     write_part(tmp_path, 1, rows, N_CODES, EMPTY_RECORD)
     (tmp_path / "part-00001.json").unlink()
-    assert len(dataset.read_records(tmp_path)) == 1
+    assert len(dataset_writer.read_records(tmp_path)) == 1
     write_part(tmp_path, 1, rows[2:], N_CODES, EMPTY_RECORD)
     # A part of which no video could be used has a record and no rows.
     write_part(tmp_path, 2, [], N_CODES, {"kept": 0, "filtered": ["x"], "failed": []})
-    assert dataset.read_records(tmp_path)[2]["filtered"] == ["x"]
-    dataset.finish_dataset(tmp_path, METADATA, make_codebook())
+    assert dataset_writer.read_records(tmp_path)[2]["filtered"] == ["x"]
+    dataset_writer.finish_dataset(tmp_path, METADATA, make_codebook())
     assert_same_rows(open_dataset(tmp_path), rows)
     assert not list(tmp_path.glob(".*"))
 
@@ -323,4 +324,4 @@ def test_codes_outside_the_codebook_are_not_written(tmp_path):
 def test_a_dataset_without_rows_is_refused(tmp_path):
     write_part(tmp_path, 0, [], N_CODES, EMPTY_RECORD)
     with pytest.raises(DatasetError, match="no rows"):
-        dataset.finish_dataset(tmp_path, METADATA, make_codebook())
+        dataset_writer.finish_dataset(tmp_path, METADATA, make_codebook())
