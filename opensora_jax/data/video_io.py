@@ -5,6 +5,7 @@ shown when. imageio writes the .gif files, but not the .mp4 files: its plugin fo
 options (crf) to the encoder, and takes a quarter of a second to close a file.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -177,7 +178,8 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: in
     except OSError as error:
         raise VideoError(path, f"cannot be written: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _write_mp4(temporary, frames, fps, crf):
