@@ -106,6 +106,16 @@ def preprocess(
       PreprocessError: in the end, not one video could be kept.
     """
     _check_output(output)
+    if fps is not None:
+        video_io.check_fps(fps)
+    counts = {
+        "max_frames": max_frames,
+        "videos_per_part": videos_per_part,
+        "batch_size": batch_size,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise PreprocessError(f"{name}={value}: expected at least 1")
     videos, output = Path(videos), Path(output)
     entries = read_captions(captions)
     expect_a_video(entries, videos)
@@ -122,7 +132,7 @@ def preprocess(
         "window": min(window, n_frames) if n_frames else window,
         "videos_per_part": videos_per_part,
     }
-    _check_settings(settings, model.downsample, batch_size)
+    _check_downsample(settings, model.downsample)
     if _is_done(output, settings):
         print(f"preprocess: {output}: done already")
         return
@@ -229,7 +239,7 @@ def _check_output(output):
         raise PreprocessError(f"output={output}: cannot be written: {nearest} is read-only")
 
 
-def _check_settings(settings, downsample, batch_size):
+def _check_downsample(settings, downsample):
     t, h, w = downsample
     height, width = settings["resolution"]
     if height < 1 or width < 1 or height % h or width % w:
@@ -242,13 +252,6 @@ def _check_settings(settings, downsample, batch_size):
             raise PreprocessError(
                 f"{key}={value}: expected a multiple of the VQ-VAE's downsampling in time, {t}"
             )
-    if settings["fps"] is not None:
-        video_io.check_fps(settings["fps"])
-    for key in ("max_frames", "videos_per_part"):
-        if settings[key] < 1:
-            raise PreprocessError(f"{key}={settings[key]}: expected at least 1")
-    if batch_size < 1:
-        raise PreprocessError(f"batch_size={batch_size}: expected at least 1")
 
 
 def _is_done(output, settings):

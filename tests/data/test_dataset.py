@@ -204,7 +204,7 @@ def test_missing_keys_are_named(tmp_path, key):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_codes": 49}, r"codebook\.npy: shape \(50, 6\): expected .*n_codes=49"),
+        ({"n_codes": 49}, r"codebook\.npy: float32 of shape \(50, 6\): expected .*n_codes=49"),
         ({"n_codes": "50"}, "n_codes='50': expected number of codes"),
         ({"downsample": [4, 4]}, r"downsample=\[4, 4\]: expected"),
         ({"fps": 0}, "fps=0: expected frames per second"),
@@ -212,7 +212,15 @@ def test_missing_keys_are_named(tmp_path, key):
         ({"resolution": [16, 16]}, r"has shape \[\d, 3, 4\]: expected \[T, 4, 4\], resolution"),
         ({"n_rows": 10}, "n_rows=10, but the parts hold 9"),
         ({"code_counts": [1] * N_CODES}, r"code_counts has shape \(50,\) and sum 50: expected"),
+        ({"code_counts": "many"}, "code_counts='many': expected a list of counts"),
         ({"codebook": "other.npy"}, r"other\.npy: not a readable codebook"),
+        ({"codebook": "../codebook.npy"}, r"codebook='\.\./codebook\.npy': expected file name"),
+        ({"fps": float("inf")}, "fps=inf: expected frames per second"),
+        ({"vqvae": ["x" * 10**6]}, "vqvae=.{50,99}: expected path of the VQ-VAE"),
+        ({"text_width": 10**4000}, r"5 wide: expected text_width=.{50,99} as in"),
+        ({"resolution": [10**4000, 16]}, r"expected \[T, .{50,99}, 4\], resolution .{50,99} over"),
+        ({"n_rows": "x" * 10**6}, "n_rows=.{50,99}, but the parts hold 9"),
+        ({"complete": False, "command": "x" * 10**6}, "To finish it, run: .{50,99}$"),
     ],
 )
 def test_metadata_that_does_not_fit_is_refused(tmp_path, changes, message):
@@ -287,8 +295,18 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(DatasetError, match=rf"{file}: not a whole Arrow file"):
         open_dataset(tmp_path)
     file.write_bytes(whole)
+    state = tmp_path / "part-00001" / "state.json"
+    whole = state.read_text()
+    for text in ("{}", '{"_data_files": 3}', '{"_data_files": [{"filename": "../x.arrow"}]}'):
+        state.write_text(text)
+        with pytest.raises(DatasetError, match=r"state\.json: _data_files=.*: expected a list of"):
+            open_dataset(tmp_path)
+    state.write_text(whole)
     np.save(tmp_path / "codebook.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(DatasetError, match=r"codebook\.npy: not a readable codebook"):
+        open_dataset(tmp_path)
+    np.save(tmp_path / "codebook.npy", make_codebook().astype(str))
+    with pytest.raises(DatasetError, match=r"codebook\.npy: <U32 of shape \(50, 6\): expected"):
         open_dataset(tmp_path)
     (tmp_path / "metadata.json").write_text("{")
     with pytest.raises(DatasetError, match=r"metadata\.json: not JSON"):

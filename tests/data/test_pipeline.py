@@ -129,6 +129,16 @@ def clips(videos, indices=None):
     return pipeline.clips(source, batch_size=6, seed=0, indices=indices)
 
 
+def test_the_videos_of_a_folder_are_those_with_a_videos_suffix(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("b.mp4", "more/a.WEBM", "c.ts", ".b.mp4.1.tmp", "a.json", "a.m3u8", "mp4"):
+        (tmp_path / name).touch()
+    found = [str(path.relative_to(tmp_path)) for path in pipeline.find_videos(tmp_path)]
+    assert found == ["b.mp4", "c.ts", "more/a.WEBM"]
+    with pytest.raises(FileNotFoundError, match="no video files"):
+        pipeline.find_videos(tmp_path / "nowhere")
+
+
 def test_for_a_video_that_cannot_be_used_the_next_stands_in(videos, caplog):
     with caplog.at_level(logging.WARNING):
         batches = draw(clips(videos), 3)
