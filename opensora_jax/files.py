@@ -21,7 +21,8 @@ def write_text(path: epath.PathLike, text: str) -> None:
     path = epath.Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with _naming(path):
-        temporary.write_bytes(text.encode())
+        # A file name need not be text: what UTF-8 lacks is written as \udc80, JSON's way as well.
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
         temporary.replace(path)
 
 

@@ -6,7 +6,6 @@ Legend: T frames of a window, t frames of its codes, H, W pixels, h, w codes.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -111,7 +110,14 @@ def _encode(graph, state, video_BTHWC):
 
 
 class WindowEncoder:
-    """Codes of videos of any length with one compilation: windows and batches are padded."""
+    """Codes of videos of any length with one compilation: windows and batches are padded.
+
+    Videos are added one by one, and need not all be in memory: `add`, `add`, ..., `finish`.
+
+    Args:
+      window: frames that are encoded together.
+      batch_size: windows at a time, rounded up to a multiple of the number of devices.
+    """
 
     def __init__(self, model: nnx.Module, window: int, batch_size: int):
         devices = jax.local_devices()
@@ -121,32 +127,36 @@ class WindowEncoder:
         self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
         self._graph, state = nnx.split(model)
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+        self._codes: list[list[np.ndarray]] = []  # of each video, window by window
+        self._waiting: list[tuple[int, np.ndarray]] = []  # windows, and whose video's they are
 
-    def __call__(self, videos: Iterable[np.ndarray]) -> list[np.ndarray]:
-        """uint8 (T, H, W, 3), T a multiple of the temporal downsampling -> codes (t, h, w) each."""
-        codes, windows, owners = [], [], []
-        for i, video_THWC in enumerate(videos):
-            codes.append([])
-            for start in range(0, len(video_THWC), self._window):
-                windows.append(video_THWC[start : start + self._window])
-                owners.append(i)
-                if len(windows) == self._batch_size:
-                    self._encode_batch(windows, owners, codes)
-        if windows:
-            self._encode_batch(windows, owners, codes)
+    def add(self, video_THWC: np.ndarray) -> None:
+        """Takes a video, uint8, T a multiple of the temporal downsampling."""
+        self._codes.append([])
+        for start in range(0, len(video_THWC), self._window):
+            window_THWC = video_THWC[start : start + self._window]
+            self._waiting.append((len(self._codes) - 1, window_THWC))
+            if len(self._waiting) == self._batch_size:
+                self._encode_batch()
+
+    def finish(self) -> list[np.ndarray]:
+        """The codes (t, h, w) of the videos that were added since the last call, in order."""
+        if self._waiting:
+            self._encode_batch()
+        codes, self._codes = self._codes, []
         return [np.concatenate(pieces) for pieces in codes]
 
-    def _encode_batch(self, windows, owners, codes):
-        batch_BTHWC = np.zeros((self._batch_size, self._window, *windows[0].shape[1:]), np.uint8)
-        for row, window_THWC in zip(batch_BTHWC, windows, strict=False):
+    def _encode_batch(self):
+        shape_HWC = self._waiting[0][1].shape[1:]
+        batch_BTHWC = np.zeros((self._batch_size, self._window, *shape_HWC), np.uint8)
+        for row, (_, window_THWC) in zip(batch_BTHWC, self._waiting, strict=False):
             row[: len(window_THWC)] = window_THWC
             row[len(window_THWC) :] = window_THWC[-1]
         batch_BTHWC = jax.device_put(batch_BTHWC, self._batch_sharding)
         codes_Bthw = np.asarray(_encode(self._graph, self._state, batch_BTHWC))
-        for i, window_THWC, codes_thw in zip(owners, windows, codes_Bthw, strict=False):
-            codes[i].append(codes_thw[: len(window_THWC) * len(codes_thw) // self._window])
-        windows.clear()
-        owners.clear()
+        for (i, window_THWC), codes_thw in zip(self._waiting, codes_Bthw, strict=False):
+            self._codes[i].append(codes_thw[: len(window_THWC) * len(codes_thw) // self._window])
+        self._waiting.clear()
 
 
 def fingerprint(model: nnx.Module) -> str:

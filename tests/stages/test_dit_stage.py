@@ -19,8 +19,8 @@ from opensora_jax.build import training as build
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert import torch_file
 from opensora_jax.convert.dit import open_blocks
-from opensora_jax.data import dataset
-from opensora_jax.data.dataset import write_part
+from opensora_jax.data import dataset_writer
+from opensora_jax.data.dataset_writer import write_part
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder
@@ -56,7 +56,9 @@ def write_dataset(folder):
         for i in range(16)
     ]
     write_part(folder, 0, rows, N_CODES, {"kept": 16, "filtered": [], "failed": []})
-    dataset.finish_dataset(folder, METADATA, rng.normal(size=(N_CODES, DIM)).astype(np.float32))
+    dataset_writer.finish_dataset(
+        folder, METADATA, rng.normal(size=(N_CODES, DIM)).astype(np.float32)
+    )
 
 
 def make_config(data, **given):
@@ -198,7 +200,7 @@ def write_two_videos(folder):
     write_part(folder, 0, rows * 256, N_CODES, counts)
     paths = {"vqvae": str(VQVAE_PATH), "text_model": str(folder / "text"), "downsample": [4, 4, 4]}
     corners = np.stack(np.meshgrid(*[[-1.0, 1.0]] * DIM), axis=-1).reshape(N_CODES, DIM)
-    dataset.finish_dataset(folder, METADATA | paths, corners.astype(np.float32))
+    dataset_writer.finish_dataset(folder, METADATA | paths, corners.astype(np.float32))
     return captions, codes
 
 
