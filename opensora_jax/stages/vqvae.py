@@ -65,7 +65,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
         batches,
         mesh=mesh,
         folder=folder,
-        settings=build.settings(c, config.seed, tokens_per_step=_tokens(c)),
+        settings=build.loop_settings(c),
+        step_settings=build.step_settings(c, config.seed),
+        throughput=build.throughput(_tokens(c)),
         evaluations=[loop.Evaluation(c.eval_every, lambda state: held_out(task, state, folder))],
         config=build.recorded(config, "vqvae"),
     )

@@ -19,18 +19,11 @@ from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.tasks.vqvae import VQVAETask
 from opensora_jax.train import optim, step
 from opensora_jax.train import state as state_lib
+from opensora_jax.train.settings import StepSettings
 from opensora_jax.train.state import TrainState
 
 STEPS, BATCH = 20, 8
-SETTINGS = step.Settings(
-    steps=STEPS,
-    seed=0,
-    ema_decay=0.9,
-    accumulate=1,
-    log_every=1,
-    checkpoint_every=STEPS,
-    tokens_per_step=1,
-)
+SETTINGS = StepSettings(seed=0, ema_decay=0.9)
 WIDTH, TOKENS = 64, 12
 # Sizes of AXES.
 LAYOUTS = ["1x8x1x1", "2x2x2x1", "1x2x2x2"]
