@@ -7,17 +7,17 @@ import pytest
 
 @pytest.fixture(scope="package", autouse=True)
 def compiled_programs(tmp_path_factory):
-    """Keeps them, for the tests that compile the same ones."""
+    """Compiles fast, and what several tests compile once."""
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_compilation_cache_dir": (None, str(tmp_path_factory.mktemp("compiled"))),
+        "jax_persistent_cache_min_compile_time_secs": (1.0, 0.0),
+        "jax_disable_most_optimizations": (False, True),
     }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
+    for name, (_, here) in settings.items():
+        jax.config.update(name, here)
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    for name, (before, _) in settings.items():
+        jax.config.update(name, before)
 
 
 @pytest.fixture

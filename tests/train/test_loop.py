@@ -2,6 +2,8 @@
 
 import functools
 import json
+import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,8 @@ from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.train import loop, monitor, optim, step
 from opensora_jax.train import state as state_lib
 from opensora_jax.train.settings import Throughput
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def test_it_learns_and_writes_what_it_measures(tmp_path):
@@ -145,6 +149,25 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path):
         (best,) = (folder / checkpoint.BEST).iterdir()
         about = json.loads((best / "about" / "metadata").read_text())
         assert about["notes"] == {"step": 10, "validation_loss": 0.1}
+
+
+def test_a_training_that_an_earlier_version_began_goes_on(tmp_path):
+    # Killed in the evaluation of step 6.
+    with zipfile.ZipFile(GOLDEN / "training.zip") as kept:
+        kept.extractall(tmp_path)
+    (earlier, *_) = numbers(tmp_path)
+    losses = [loop.Evaluation(2, lambda state: {"validation_loss": 1.0 / int(state.step)})]
+    state = fit(tmp_path, evaluations=losses, log_every=3)
+    assert float(state.extra["calls"]) == 10
+    lines = numbers(tmp_path)
+    assert lines[0] == earlier == {"step": 2, "validation_loss": 0.5}
+    assert [line["before"] for line in lines if "loss" in line] == [1, 4, 7, 9]
+    whole = fit(tmp_path / "whole", log_every=3)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.params, whole.params
+    )
+    (best,) = (tmp_path / checkpoint.BEST).iterdir()
+    assert best.name == "5"  # of steps 2, 4, 6, 8 and 10
 
 
 def test_only_a_new_training_starts_from_given_parameters(tmp_path):
