@@ -89,7 +89,7 @@ def pytorch(config, compiled: bool) -> tuple[dict, Run]:
     return {
         "device_kind": torch.cuda.get_device_name() if is_gpu else "cpu",
         "n_parameters": sum(p.numel() for p in step.parameters),
-        "flops": training.flops_per_step,
+        "flops": training.throughput.flops_per_step,
         "peak_bytes": torch.cuda.max_memory_allocated() if is_gpu else None,
         "compile_seconds": compile_seconds,
     }, run

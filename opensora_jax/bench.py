@@ -68,7 +68,7 @@ class Bench:
         )
         self._batch = mesh_lib.shard_batch(synthetic.batch(config, mesh), mesh)
         step = step_lib.jit_train_step(
-            training.task, training.tx, training.schedule, training.settings, shardings
+            training.task, training.tx, training.schedule, training.step_settings, shardings
         )
         start = time.perf_counter()
         with jax.set_mesh(mesh):
@@ -80,7 +80,7 @@ class Bench:
             "n_parameters": flops.dit_parameters(training.task.config),
             "batch_size": config.dit.batch_size,
             "tokens": synthetic.n_tokens(config),
-            "flops": training.flops_per_step,
+            "flops": training.throughput.flops_per_step,
         }
 
     def run(self, steps: int) -> list[float]:

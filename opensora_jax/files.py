@@ -70,7 +70,8 @@ def changes(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
         if isinstance(here, dict) and isinstance(there, dict):
             found += [f"{key}.{change}" for change in changes(here, there)]
         elif here != there:
-            found.append(f"{key}={short(here)}, there {short(there)}")
+            name = key if len(key) <= 80 else short(key)
+            found.append(f"{name}={short(here)}, there {short(there)}")
     return found
 
 
@@ -103,14 +104,10 @@ def record_settings(path: epath.PathLike, settings: Mapping[str, Any]) -> None:
 
 
 def append(path: epath.PathLike, data: bytes) -> None:
-    """Adds `data` to the end of a file that exists."""
+    """Adds `data` to the end of a file; not an object store's, which cannot do that."""
     path = epath.Path(path)
-    with _naming(path):
-        if is_remote(path):  # object stores cannot append
-            path.write_bytes(path.read_bytes() + data)
-            return
-        with path.open("ab") as f:
-            f.write(data)
+    with _naming(path), path.open("ab") as f:
+        f.write(data)
 
 
 def is_remote(path: epath.PathLike) -> bool:

@@ -50,7 +50,7 @@ def write_dit(workdir, config):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: 0.5 * rng.standard_normal(x.shape, np.float32), shapes)
     checkpoints = checkpoint.Checkpoints(folder, config=config)
-    checkpoints.save_items(4, {"ema": params})
+    checkpoints.save(4, {"ema": params})
     checkpoints.close()
     return workdir
 
@@ -72,7 +72,7 @@ def test_defaults_are_those_of_the_training(workdir, tmp_path):
     assert settings(folder, *given) == {"steps": 7, "guidance": 1.5, "ancestral": True}
     # And of models that say nothing of it, or have no checkpoint, of the default configuration.
     checkpoints = checkpoint.Checkpoints(tmp_path, config={"seed": 0, "dit": {"steps": 4}})
-    checkpoints.save_items(4, {"ema": {"x": np.zeros(3)}})
+    checkpoints.save(4, {"ema": {"x": np.zeros(3)}})
     checkpoints.close()
     expected = default.get_config().sample.to_dict()
     expected.pop("prompts")
@@ -82,7 +82,7 @@ def test_defaults_are_those_of_the_training(workdir, tmp_path):
 def test_a_resumed_training_may_change_them(tmp_path):
     for step, n in ((4, 2), (8, 3)):
         checkpoints = checkpoint.Checkpoints(tmp_path, config={"sample": {"steps": n}})
-        checkpoints.save_items(step, {"ema": {"x": np.zeros(3)}})
+        checkpoints.save(step, {"ema": {"x": np.zeros(3)}})
         checkpoints.close()
         assert settings(tmp_path)["steps"] == n
 

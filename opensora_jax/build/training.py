@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from opensora_jax.models import flops
 from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.tasks.vqvae import VQVAETask
 from opensora_jax.train import optim
-from opensora_jax.train.step import Settings
+from opensora_jax.train.settings import LoopSettings, StepSettings, Throughput
 
 
 def vqvae_task(c: ConfigDict) -> VQVAETask:
@@ -45,24 +46,28 @@ def optimizer(c: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedu
     return tx, schedule
 
 
-def settings(
-    c: ConfigDict, seed: int, *, tokens_per_step: int, flops_per_step: float = 0.0
-) -> Settings:
-    """The settings of `config.vqvae` or `config.dit`; FLOPs of 0 are not known."""
-    return Settings(
+def step_settings(c: ConfigDict, seed: int) -> StepSettings:
+    """The settings of a step of `config.vqvae` or `config.dit`."""
+    return StepSettings(seed=seed, ema_decay=c.ema_decay, accumulate=c.accumulate)
+
+
+def loop_settings(c: ConfigDict, profile: Sequence[int] = ()) -> LoopSettings:
+    """The settings of the loop of `config.vqvae` or `config.dit`."""
+    return LoopSettings(
         steps=c.steps,
-        seed=seed,
-        ema_decay=c.ema_decay,
-        accumulate=c.accumulate,
         log_every=c.log_every,
         checkpoint_every=c.checkpoint_every,
-        tokens_per_step=tokens_per_step,
-        flops_per_step=flops_per_step,
-        peak_flops=hardware.peak_flops(jax.devices()[0].device_kind) or 0.0,
         keep_checkpoints=c.keep_checkpoints,
         keep_every=c.keep_every,
         max_skipped_steps=c.max_skipped_steps,
+        profile=profile,
     )
+
+
+def throughput(tokens_per_step: int, flops_per_step: float = 0.0) -> Throughput:
+    """What a step does on all devices of this run together; FLOPs of 0 are not known."""
+    peak_flops = hardware.peak_flops(jax.devices()[0].device_kind) or 0.0
+    return Throughput(tokens_per_step, flops_per_step, peak_flops)
 
 
 def recorded(config: ConfigDict, *parts: str) -> dict[str, Any]:
@@ -78,8 +83,8 @@ class DiTTraining:
     task: DiTTask
     tx: optax.GradientTransformation
     schedule: optax.Schedule
-    settings: Settings
-    flops_per_step: float  # over all devices, by formula
+    step_settings: StepSettings
+    throughput: Throughput
 
 
 def check_sequence(c: ConfigDict, mesh: Mesh, grid: tuple[int, int, int], text_length: int) -> None:
@@ -139,8 +144,8 @@ def dit_training(
         task=task,
         tx=tx,
         schedule=schedule,
-        settings=settings(c, config.seed, tokens_per_step=tokens, flops_per_step=n_flops),
-        flops_per_step=n_flops,
+        step_settings=step_settings(c, config.seed),
+        throughput=throughput(tokens, n_flops),
     )
 
 

@@ -79,7 +79,7 @@ def save_tokenizer(folder: epath.PathLike, model: VQVAE) -> None:
     _, params, extra = nnx.split(model, nnx.Param, ...)
     params, extra = nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
     checkpoints = checkpoint.Checkpoints(folder)
-    checkpoints.save_items(0, {"ema": params, "extra": extra})
+    checkpoints.save(0, {"ema": params, "extra": extra})
     checkpoints.close()
 
 

@@ -143,7 +143,7 @@ def make(config: ConfigDict, where: Slice) -> Plan:
         training.task,
         training.tx,
         training.schedule,
-        training.settings,
+        training.step_settings,
         jax.tree.map(lambda x: x.sharding, state),
     )
     facts = {
@@ -152,7 +152,7 @@ def make(config: ConfigDict, where: Slice) -> Plan:
         "remat": config.dit.remat,
         "n_parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "tokens": config.dit.batch_size * synthetic.n_tokens(config),
-        "model_flops": training.flops_per_step,
+        "model_flops": training.throughput.flops_per_step,
         "state_bytes": {
             "parameters": device_bytes(state.params),
             "their average": device_bytes(state.ema),

@@ -61,7 +61,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
         pipeline.clips(source, seed=config.seed, **build.local_share(mesh, c.batch_size)),
         mesh=mesh,
         folder=folder,
-        settings=build.settings(c, config.seed, tokens_per_step=_tokens(c)),
+        settings=build.loop_settings(c, config.profile),
+        step_settings=build.step_settings(c, config.seed),
+        throughput=build.throughput(_tokens(c)),
         evaluations=[loop.Evaluation(c.eval_every, lambda state: evaluate(state, folder))],
         config=build.recorded(config, "vqvae"),
     )
