@@ -36,7 +36,7 @@ def optimizer(c: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedu
     """The optimizer of `config.vqvae` or `config.dit`, and its learning rates."""
     schedule = optim.schedule(c.learning_rate, c.warmup_steps, c.steps)
     tx = optim.make(
-        c.optimizer,
+        c.get("optimizer", "adamw"),  # the VQ-VAE's: it has no stacked blocks
         schedule,
         b1=c.b1,
         b2=c.b2,

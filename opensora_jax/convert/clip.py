@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from huggingface_hub.utils import validate_repo_id
 
 from opensora_jax import files
 from opensora_jax.convert import table, torch_file
@@ -134,7 +135,27 @@ def local_folder(name_or_folder: epath.PathLike) -> Path:
     return folder
 
 
-def _text_config(path: Path) -> dict:
+def check_text_model(name_or_folder: epath.PathLike) -> None:
+    """Looks whether a folder holds a model's config; of a hub name only at its form.
+
+    Raises:
+      FileNotFoundError: neither a folder nor a name that the hub can have, or no config in it.
+      ValueError: the config is not CLIP's.
+    """
+    path = epath.Path(name_or_folder)
+    if files.is_remote(path) or path.is_dir():
+        _text_config(path / "config.json")
+        return
+    try:
+        validate_repo_id(str(name_or_folder))
+    except ValueError as error:
+        raise FileNotFoundError(f"{path}: no such folder, and no name on the hub") from error
+    if path.exists():
+        raise NotADirectoryError(f"{path}: a file, expected a folder with a CLIP model")
+
+
+def _text_config(path: epath.PathLike) -> dict:
+    path = epath.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; expected the config of a CLIP model")
     config = files.read_json(path)

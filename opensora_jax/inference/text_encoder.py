@@ -93,17 +93,34 @@ class TextEncoder:
         return features
 
 
+def check_text_model(name_or_folder: epath.PathLike) -> None:
+    """Looks whether `TextEncoder` can find its files, without reading weights or downloading.
+
+    Raises:
+      FileNotFoundError, ValueError: as `TextEncoder`.
+    """
+    clip.check_text_model(name_or_folder)
+    folder = epath.Path(name_or_folder)
+    if folder.is_dir():
+        _expect_tokenizer(folder)
+
+
 def _load_tokenizer(folder: Path) -> Any:
     # transformers announces at import that there is no PyTorch; we want none.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt"
-        )
+    _expect_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the library behind it has no narrower one for a file that is bad
         reason = files.short(f"{type(error).__name__}: {error}")
         raise ValueError(f"{folder}: its tokenizer cannot be read: {reason}") from error
+
+
+def _expect_tokenizer(folder: epath.PathLike) -> None:
+    folder = epath.Path(folder)
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt"
+        )

@@ -21,7 +21,7 @@ from opensora_jax.data.captions import CaptionsError
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import load_tokenizer, save_tokenizer
-from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
 from opensora_jax.stages import preprocess as stage
 from opensora_jax.stages.preprocess import PreprocessError, preprocess
 
@@ -62,8 +62,8 @@ def identities(paths):
 def save_vqvae(folder):
     """A VQ-VAE that is quick to compile and whose random codes differ from place to place."""
     sizes = {"n_codes": 64, "embedding_dim": 4, "n_hiddens": 16, "n_res_layers": 0}
-    options = sizes | {"downsample": (4, 4, 4), "n_frames": 16}
-    graph, state = nnx.split(nnx.eval_shape(lambda: VQVAE(**options, rngs=nnx.Rngs(0))))
+    config = VQVAEConfig(**sizes, downsample=(4, 4, 4), n_frames=16)
+    graph, state = nnx.split(nnx.eval_shape(lambda: VQVAE(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
 
     def draw(leaf):
