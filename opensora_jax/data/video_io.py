@@ -177,8 +177,8 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: in
     try:
         _ENCODERS[path.suffix](temporary, frames, fps, crf)
         os.replace(temporary, path)
-    except OSError as error:
-        raise VideoError(path, f"cannot be written: {error.strerror}") from error
+    except (OSError, av.FFmpegError) as error:
+        raise VideoError(path, f"cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
