@@ -115,7 +115,7 @@ def read_video(
             for count, _ in enumerate(packets, start=1):
                 if count > max_frames:
                     raise TooLong(path, f"more than {max_frames} frames")
-    images = []
+    images, indices = [], []  # a frame that is shown several times is one image
     reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
     with video_file.opened(path) as (container, stream):
         frames = video_file.decode(path, container, stream)
@@ -130,13 +130,15 @@ def read_video(
             if frame is not previous:
                 # Frames of another size (a stream may change its own) follow the first one's.
                 shape = size or (images[0].shape[:2] if images else None)
-                image, previous = _to_image(reformatter, frame, shape), frame
-            images.append(image)
-            if len(images) * image.nbytes > _MOST_BYTES:
+                images.append(_to_image(reformatter, frame, shape))
+                previous = frame
+            indices.append(len(images) - 1)
+            if len(indices) * images[0].nbytes > _MOST_BYTES:
                 raise TooLong(path, f"more than {_MOST_BYTES >> 30} GiB of frames")
     if not images:
         raise VideoError(path, "no frames" + (f" from frame {start} on" if start else ""))
-    return np.stack(images)
+    video = np.stack(images)
+    return video if len(images) == len(indices) else video[indices]
 
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: int = 12) -> None:
@@ -175,8 +177,8 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: in
     try:
         _ENCODERS[path.suffix](temporary, frames, fps, crf)
         os.replace(temporary, path)
-    except OSError as error:
-        raise VideoError(path, f"cannot be written: {error.strerror}") from error
+    except (OSError, av.FFmpegError) as error:
+        raise VideoError(path, f"cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -221,7 +223,7 @@ def _check_arguments(size, fps, start, n_frames):
 
 def _resample(path, frames, stream, fps) -> Iterator[av.VideoFrame]:
     """Yields, for k = 0, 1, ..., the frame whose time is nearest to k / fps after the first."""
-    usual = 1 / video_file.usual_rate(stream)
+    usual = min(1 / video_file.usual_rate(stream), _LONGEST_GAP_SECONDS)
     k, first, shown, time, length = 0, None, None, 0.0, usual
     for frame in frames:
         if shown is None:

@@ -88,8 +88,11 @@ def preprocess(
     video that cannot be used is left out, and named with its reason in metadata.json.
 
     Args:
-      captions: the captions file; `videos`: the folder that its file names are relative to.
-      vqvae: what `load_tokenizer` reads; `text_model`: what `TextEncoder` reads.
+      captions: the captions file.
+      videos: the folder that its file names are relative to.
+      output: the folder to write, of this machine.
+      vqvae: what `load_tokenizer` reads.
+      text_model: what `TextEncoder` reads.
       resolution: height and width in pixels that videos are resized and cropped to.
       fps: frames per second that videos are resampled to; None keeps each video's own rate.
       max_frames: a video with more frames than this (before resampling) is filtered.
@@ -232,6 +235,8 @@ def _check_output(output):
     if files.is_remote(output):
         raise PreprocessError(f"output={output}: expected a folder of this machine")
     path = Path(output)
+    if os.path.exists(path / "metadata.json"):
+        return  # a finished one need not be written to
     nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not nearest.is_dir():
         raise PreprocessError(f"output={output}: {nearest} is a file: expected a folder")

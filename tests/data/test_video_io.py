@@ -1,6 +1,7 @@
 """Real files, written and read: every container here is made on the spot with libav."""
 
 import struct
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -147,6 +148,12 @@ def test_timestamps_cannot_ask_for_any_amount_of_memory(tmp_path):
     assert len(read_video(path, fps=1, n_frames=1500)) == 1500
     with pytest.raises(TooLong, match=r"a\.mkv: more than 2 GiB of frames"):
         read_video(path, fps=240)  # 4.4 GB
+
+
+def test_a_single_frame_does_not_last_for_hours(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_encoded(path, gradient_video(1), rate=Fraction(1, 10_000))
+    assert len(read_video(path, fps=4)) == 4 * 60
 
 
 def test_a_rate_that_no_video_has_is_refused(tmp_path):
