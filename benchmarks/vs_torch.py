@@ -61,8 +61,9 @@ def pytorch(config, compiled: bool) -> tuple[dict, Run]:
 
     training = synthetic.training(config)
     names = ("depth", "width", "heads", "channels", "patch", "text_width")
+    sizes = {name: getattr(training.task.config, name) for name in names}
     step = Training(
-        {name: training.dit[name] for name in names} | {"grid": synthetic.latent_grid(config)},
+        sizes | {"grid": synthetic.latent_grid(config)},
         training.task.latents.table,
         synthetic.batch(config, mesh.make_mesh(config.mesh)),
         compiled=compiled,
@@ -88,7 +89,7 @@ def pytorch(config, compiled: bool) -> tuple[dict, Run]:
     return {
         "device_kind": torch.cuda.get_device_name() if is_gpu else "cpu",
         "n_parameters": sum(p.numel() for p in step.parameters),
-        "flops": training.flops_per_step,
+        "flops": training.throughput.flops_per_step,
         "peak_bytes": torch.cuda.max_memory_allocated() if is_gpu else None,
         "compile_seconds": compile_seconds,
     }, run

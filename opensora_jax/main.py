@@ -7,37 +7,30 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import jax
-from absl import app, flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from opensora_jax import cli, files, runtime
 from opensora_jax import config as config_lib
 
 logger = logging.getLogger("opensora_jax.main")  # not __main__, which it runs as
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything is written; by default runs/ and the config's name."
-)
 
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = cli.CONFIG.value
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = files.absolute(_WORKDIR.value or Path("runs") / name)
-    try:
-        runtime.start()
-        config_lib.check(config)
-        run(config, workdir)
-    except (*cli.USER_ERRORS, ImportError) as error:  # object stores need packages of their own
-        logger.debug("stopped", exc_info=True)
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.parser(__doc__, prog="python -m opensora_jax.main")
+    parser.add_argument(
+        "--workdir", help="where everything is written (default: runs/ and the config's name)"
+    )
+    args, config = cli.parse_with_config(parser, argv)
+    workdir = files.absolute(args.workdir or Path("runs") / Path(args.config).stem)
+    runtime.start()
+    config_lib.check(config)
+    run(config, workdir)
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -79,5 +72,4 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 if __name__ == "__main__":
     runtime.use_huge_pages()
     signal.signal(signal.SIGTERM, _stop)
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=cli.parse_flags)
+    cli.run(main)

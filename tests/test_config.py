@@ -15,7 +15,6 @@ from opensora_jax import config as config_lib
 from opensora_jax.build import training as build
 from opensora_jax.data import moving_shapes
 from opensora_jax.planning import synthetic
-from opensora_jax.tasks.vqvae import VQVAETask
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -51,7 +50,7 @@ def test_shipped_configurations_pass_and_their_models_can_be_made(name):
     c = load(name)
     config_lib.check(c)
     tasks = {
-        "vqvae": lambda: VQVAETask(build.vqvae_maker(c.vqvae)),
+        "vqvae": lambda: build.vqvae_task(c.vqvae),
         "dit": lambda: synthetic.training(c).task,
     }
     trained = [task for stage, task in tasks.items() if stage in c.stages]

@@ -3,7 +3,6 @@
 Orbax alone finds missing and cut-off files, but reads numbers whose bits have changed as they are.
 """
 
-import json
 import zlib
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -35,27 +34,30 @@ def damage(folder: epath.Path, parts: Collection[str] | None = None) -> str | No
       parts: the subfolders to look at; all by default.
     """
     try:
-        expected = json.loads((folder / NAME).read_bytes())
+        expected = files.read_json(folder / NAME)
     except FileNotFoundError:
         return f"no {NAME}"
     except (OSError, ValueError) as error:
-        return f"{NAME}: {error}"
+        return str(error)
+    if not all(isinstance(entry, list) and len(entry) == 2 for entry in expected.values()):
+        return f"{NAME}: expected a size and a CRC-32 of each file"
     names = [name for name in expected if parts is None or name.partition("/")[0] in parts]
     with ThreadPoolExecutor(_THREADS) as pool:
-        problems = pool.map(lambda name: _problem(folder / name, expected[name]), names)
-        return next((f"{n}: {p}" for n, p in zip(names, problems, strict=True) if p), None)
+        problems = pool.map(lambda name: _problem(folder / name, *expected[name]), names)
+        named = zip(names, problems, strict=True)
+        return next((f"{files.short(n)}: {problem}" for n, problem in named if problem), None)
 
 
-def _problem(path: epath.Path, expected: list[int]) -> str | None:
+def _problem(path: epath.Path, expected_size: int, expected_crc: int) -> str | None:
     try:
         size, crc = _size_and_crc(path)
     except FileNotFoundError:
         return "missing"
-    except OSError as error:
-        return str(error)
-    if size != expected[0]:
-        return f"{size} bytes, expected {expected[0]}"
-    return None if crc == expected[1] else "its bytes have changed"
+    except (OSError, ValueError) as error:  # a name that none can have, say
+        return files.short(str(error))
+    if size != expected_size:
+        return f"{size} bytes, expected {files.short(expected_size)}"
+    return None if crc == expected_crc else "its bytes have changed"
 
 
 def _size_and_crc(path: epath.Path) -> tuple[int, int]:

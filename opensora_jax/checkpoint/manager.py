@@ -1,4 +1,9 @@
-"""Checkpoints of the train state and of the data iterator, by Orbax."""
+"""Checkpoints of named pytrees, by Orbax.
+
+Which ones stay is decided here, not by Orbax's CheckpointManager: that strikes old ones off its
+list when a new one starts to be written, so that a write that fails loses sight of the last whole
+one; it tells of the failure only when the next is saved; and it takes damaged ones for whole.
+"""
 
 import contextlib
 import logging
@@ -14,9 +19,7 @@ from jax.experimental import multihost_utils
 
 from opensora_jax import files
 from opensora_jax.checkpoint import checksums, record
-from opensora_jax.train.state import TrainState
-
-PyTree = Any
+from opensora_jax.mesh import PyTree
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,6 @@ BEST = "best"
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _ABOUT = "about"
-_COUNTERS = "counters"
 
 # Orbax also logs the traceback of what it raises, which ends here in one clear error.
 logging.getLogger("absl").addFilter(
@@ -38,8 +40,8 @@ logging.getLogger("absl").addFilter(
 class Checkpoints:
     """The checkpoints of one training, under `folder`/`name`, written in the background.
 
-    Each is complete or absent: Orbax writes under a temporary name and renames. Every field of the
-    state is an item of its own, so that inference reads the averaged weights alone. With them go
+    Each is complete or absent: Orbax writes under a temporary name and renames. It holds items,
+    pytrees of arrays with a name each, so that one can be read without the others; and with them
     notes, the configuration, versions, and checksums of all files.
 
     What is half-written or damaged in the folder is told and put aside, so that the last whole one
@@ -74,7 +76,7 @@ class Checkpoints:
             _remove_half_written(self._folder)
         self.latest_step = _last_whole(self._folder, put_aside=True, may_start_over=may_start_over)
         self._kept = sorted(ocp.utils.checkpoint_steps(self._folder))
-        self._writing: int | None = None
+        self._step, self._writing = 0, None  # of the one that is being written, and its folder
         self._checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.AsyncOptions(
@@ -87,40 +89,45 @@ class Checkpoints:
             ),
         )
 
-    def save(self, step: int, state: TrainState, notes: PyTree) -> None:
-        """Starts writing `state` at `step` and notes (JSON): the state of the data iterator, say.
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, PyTree],
+        notes: PyTree = None,
+        *,
+        number: int | None = None,
+    ) -> None:
+        """Starts writing `items` at `step`, and notes: what else belongs to them, for JSON.
+
+        Args:
+          number: names its folder where a step may come twice; by default the step does.
 
         Raises:
           OSError: this one, or the one before it in the background, could not be written.
         """
-        self.save_items(step, _items(state), notes)
-
-    def save_items(self, step: int, items: dict[str, PyTree], notes: PyTree = None) -> None:
-        """Starts writing some fields of a state, for `restore_items`."""
         self.wait()
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         about = {"run": self._run, "arrays": record.arrays(items), "notes": notes}
-        self._writing = step
+        self._step, self._writing = step, step if number is None else number
         with self._explaining():
             self._expect_room(items)
             self._checkpointer.save(
-                self._folder / str(step),
+                self._folder / str(self._writing),
                 args=ocp.args.Composite(**trees, **{_ABOUT: ocp.args.JsonSave(about)}),
             )
-        self.latest_step = step
+        self.latest_step = self._writing
 
-    def restore(self, like: TrainState) -> tuple[TrainState, PyTree]:
-        """The latest state, placed as the arrays or shapes of `like`, and its notes.
+    def restore(self, like: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], PyTree]:
+        """Items of the latest one, placed as the arrays or shapes of `like`, and its notes.
 
         Raises:
           ValueError: it is of other arrays than `like`: another optimizer's, say.
         """
-        items, about = _restore(self._folder, self.latest_step, _items(like), self._run)
+        items, about = _restore(self._folder, self.latest_step, like, self._run)
         changed = files.changes(self._run, about["run"])
         if changed:
             logger.info("%s: since then changed: %s", self._folder, "; ".join(changed))
-        counters = items.pop(_COUNTERS)
-        return like.replace(**items, **counters), about["notes"]
+        return items, about["notes"]
 
     def notes(self) -> PyTree:
         """Those of the latest checkpoint."""
@@ -176,7 +183,7 @@ class Checkpoints:
         temporary = self._folder / f"{self._writing}{_TEMPORARY}"
         checksums.write(temporary if temporary.exists() else self._folder / str(self._writing))
 
-    def _expect_room(self, items: dict[str, PyTree]) -> None:
+    def _expect_room(self, items: Mapping[str, PyTree]) -> None:
         """Asks before Orbax starts: in the middle it would fail with many words."""
         if files.is_remote(self._folder):
             return
@@ -191,43 +198,21 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
-            step, self._writing = self._writing, None
-            kept = f"The last whole one is of step {self._kept[-1]}. " if self._kept else ""
+            self._writing = None
+            last = f"{self._folder.name}/{self._kept[-1]}" if self._kept else ""
+            kept = f"The last whole one is {last}. " if last else ""
             # TensorStore names every file on the way; the cause comes last.
             reason = str(error).partition(" [tensorstore_spec=")[0].rpartition('": ')[2]
             raise OSError(
-                f"{self._folder}: the checkpoint of step {step} could not be written: {reason}. "
-                f"{kept}Make room, or give write permission, and run again"
+                f"{self._folder}: the checkpoint of step {self._step} could not be written: "
+                f"{reason}. {kept}Make room, or give write permission, and run again"
             ) from error
 
 
-class Best:
-    """The averaged weights of the lowest validation loss so far, under `folder`/best."""
-
-    def __init__(self, folder: epath.PathLike):
-        self._checkpoints = Checkpoints(folder, name=BEST, keep=1, may_start_over=True)
-        self._loss = float("inf")
-        if self._checkpoints.latest_step is not None:
-            self._loss = self._checkpoints.notes()["validation_loss"]
-
-    def save_if_better(self, step: int, loss: float, state: TrainState) -> None:
-        """Starts writing the averaged weights of `state` if they are better."""
-        if loss < self._loss:
-            self._loss = loss
-            # Numbered, because a run that goes on from an earlier step comes by the same steps.
-            number = (self._checkpoints.latest_step or 0) + 1
-            notes = {"step": step, "validation_loss": loss}
-            self._checkpoints.save_items(number, {"ema": state.ema}, notes)
-
-    def close(self) -> None:
-        """Waits for what is being written."""
-        self._checkpoints.close()
-
-
 def restore_items(
-    folder: epath.PathLike, like: dict[str, PyTree], *, name: str = FOLDER
+    folder: epath.PathLike, like: Mapping[str, PyTree], *, name: str = FOLDER
 ) -> dict[str, PyTree]:
-    """Some fields of the last whole checkpoint in `folder`, placed as `like`, arrays or shapes.
+    """Items of the last whole checkpoint in `folder`, placed as `like`, arrays or shapes.
 
     Raises:
       FileNotFoundError: there is none.
@@ -238,6 +223,26 @@ def restore_items(
     if step is None:
         raise FileNotFoundError(f"{folder}: no checkpoint")
     return _restore(folder, step, like, None)[0]
+
+
+def latest_step(folder: epath.PathLike, *, name: str = FOLDER) -> int:
+    """The step of the checkpoint that `restore_items` reads.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    folder = files.absolute(folder) / name
+    step = _last_whole(folder)
+    if step is None:
+        raise FileNotFoundError(f"{folder}: no checkpoint")
+    return step
+
+
+def read_config(folder: epath.PathLike) -> dict[str, Any]:
+    """What the last checkpoint in `folder` says of the configuration; empty where there is none."""
+    folder = files.absolute(folder) / FOLDER
+    step = _last_whole(folder, parts=(_ABOUT,), may_start_over=True)
+    return {} if step is None else _restore(folder, step, {}, None)[1]["run"]["config"]
 
 
 def broadcast_from_first(value: int) -> int:
@@ -293,7 +298,7 @@ def _remove_half_written(folder: epath.Path) -> None:
 
 
 def _restore(
-    folder: epath.Path, step: int, like: dict[str, PyTree], run: dict[str, Any] | None
+    folder: epath.Path, step: int, like: Mapping[str, PyTree], run: dict[str, Any] | None
 ) -> tuple[dict[str, PyTree], dict[str, Any]]:
     """(items, what was saved about them); `run` is what reads, to tell how it differs."""
     path = folder / str(step)
@@ -307,19 +312,11 @@ def _restore(
             also = files.changes(run, there["run"]) if run else []
             raise ValueError(
                 f"{path}: holds the state of another training; {len(different)} arrays differ: "
-                f"{'; '.join([*different[:2], *also])}. Use another workdir, or the old settings"
+                f"{'; '.join(different[:2] + also[:5])}. Use another workdir, or the old settings"
             )
         items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
         restored = reader.restore(path, args=ocp.args.Composite(**items)) if items else {}
     return {name: restored[name] for name in items}, there
-
-
-def _items(state: TrainState) -> dict[str, PyTree]:
-    """The fields of a state that hold anything, by name."""
-    fields = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
-    # Orbax takes trees, not single arrays, and writes some ten files for each.
-    fields[_COUNTERS] = {"step": fields.pop("step"), "skipped": fields.pop("skipped")}
-    return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
 
 
 def record_model(folder: epath.PathLike, description: dict[str, PyTree]) -> None:

@@ -118,7 +118,7 @@ def _check_preprocess(c: ConfigDict, workdir: epath.Path, read: Callable) -> Non
                 c, f"data.{other}", f"those of data.{one}={files.short(c.data[one])}"
             )
     if entries is not None:
-        read("data.videos", lambda folder: captions.expect_any_video(entries, folder))
+        read("data.videos", lambda folder: captions.expect_a_video(entries, folder))
     read("data.text_model", text_encoder.check_text_model)
     model = read("data.vqvae", tokenizer.load_tokenizer)
     if model is not None:
@@ -127,10 +127,10 @@ def _check_preprocess(c: ConfigDict, workdir: epath.Path, read: Callable) -> Non
 
 
 def _check_dit(c: ConfigDict, read: Callable) -> None:
-    from opensora_jax.build import training as build
+    from opensora_jax.build import networks
     from opensora_jax.convert.dit import open_blocks
     from opensora_jax.data import dataset
 
-    read("data.dataset", dataset.read_complete_metadata)
-    arguments = build.dit_arguments(c.dit, channels=1, out_channels=1, text_width=1)
-    read("dit.init_from", lambda path: open_blocks(path, build.dit_maker(arguments, dtype="auto")))
+    read("data.dataset", dataset.complete_metadata)
+    config = networks.dit_config(c.dit, channels=1, out_channels=1, text_width=1)
+    read("dit.init_from", lambda path: open_blocks(path, config))

@@ -25,12 +25,12 @@ class Rule:
     expected: str
 
 
-def _is_int(value: Any) -> bool:
+def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_sequence(value: Any) -> bool:
@@ -38,7 +38,7 @@ def _is_sequence(value: Any) -> bool:
 
 
 def at_least(low: int) -> Rule:
-    return Rule(lambda v: _is_int(v) and v >= low, f"an integer of at least {low}")
+    return Rule(lambda v: _is_whole(v) and v >= low, f"an integer of at least {low}")
 
 
 def one_of(names: Sequence[str]) -> Rule:
@@ -50,11 +50,11 @@ positive = Rule(lambda v: _is_number(v) and v > 0, "a positive number")
 not_negative = Rule(lambda v: _is_number(v) and v >= 0, "zero or a positive number")
 share = Rule(lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
 below_one = Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
-even = Rule(lambda v: _is_int(v) and v >= 2 and v % 2 == 0, "an even number of at least 2")
+even = Rule(lambda v: _is_whole(v) and v >= 2 and v % 2 == 0, "an even number of at least 2")
 true_or_false = Rule(lambda v: isinstance(v, bool), "True or False")
 text = Rule(lambda v: isinstance(v, str), "a text, or empty")
 # Their sizes are `mesh.make_mesh`'s to check.
-mesh_size = Rule(_is_int, "an integer")
+mesh_size = Rule(_is_whole, "an integer")
 stages = Rule(
     lambda v: _is_sequence(v) and len(v) > 0 and list(v) == [name for name in STAGES if name in v],
     f"some of {', '.join(STAGES)}, each once and in this order",
@@ -62,7 +62,7 @@ stages = Rule(
 steps_from_to = Rule(
     lambda v: (
         _is_sequence(v)
-        and all(map(_is_int, v))
+        and all(map(_is_whole, v))
         and (len(v) == 0 or (len(v) == 2 and 1 <= v[0] <= v[1]))
     ),
     "(), or two steps, the first and the last",
@@ -71,7 +71,7 @@ strides = Rule(
     lambda v: (
         _is_sequence(v)
         and len(v) == 3
-        and all(_is_int(n) and n >= 1 and not n & (n - 1) for n in v)
+        and all(_is_whole(n) and n >= 1 and not n & (n - 1) for n in v)
         and max(v) > 1
     ),
     "three powers of two, one of them above 1",
@@ -121,7 +121,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "n_frames": at_least(2),
         "resolution": Rule(lambda v: even.test(v) and v >= 16, "16 or more, even"),
         "fps": positive,
-        "n_captions": Rule(lambda v: _is_int(v) and 1 <= v <= 10, "1 to 10"),
+        "n_captions": Rule(lambda v: _is_whole(v) and 1 <= v <= 10, "1 to 10"),
     },
     "vqvae": _TRAINING
     | {

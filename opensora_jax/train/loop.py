@@ -21,12 +21,16 @@ from tqdm import tqdm
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
-from opensora_jax.checkpoint.manager import Best, Checkpoints, broadcast_from_first
-from opensora_jax.train import metrics_log, monitor, summary
+from opensora_jax.checkpoint.best import Best
+from opensora_jax.checkpoint.manager import Checkpoints, broadcast_from_first
+from opensora_jax.train import monitor, summary
 from opensora_jax.train import state as state_lib
+from opensora_jax.train.metrics_log import MetricsWriter
 from opensora_jax.train.preemption import Preempted, Preemption
+from opensora_jax.train.profiler import Profiler
+from opensora_jax.train.settings import LoopSettings, StepSettings, Throughput
 from opensora_jax.train.state import Task, TrainState
-from opensora_jax.train.step import Metrics, Settings, jit_train_step
+from opensora_jax.train.step import jit_train_step
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +56,9 @@ def fit(
     *,
     mesh: Mesh,
     folder: epath.PathLike,
-    settings: Settings,
+    settings: LoopSettings,
+    step_settings: StepSettings,
+    throughput: Throughput,
     evaluations: Sequence[Evaluation] = (),
     start_from: Callable[[], Mapping[str, Any]] = dict,
     config: Mapping[str, Any] | None = None,
@@ -80,121 +86,95 @@ def fit(
         contextlib.closing(Checkpoints(folder, config=config, **kept)) as checkpoints,
         contextlib.closing(Best(folder)) as best,
     ):
-        window = monitor.Window(settings)
+        window = monitor.Window(throughput)
+        health = monitor.Health(settings.max_skipped_steps)
         with preemption.interruptible():
             if checkpoints.latest_step is None:
-                key = rngs.key(settings.seed, "init")
+                key = rngs.key(step_settings.seed, "init")
                 state, _ = state_lib.create(task, tx, mesh, key, start_from())
             else:
-                state, notes = checkpoints.restore(state_lib.abstract(task, tx, mesh))
+                like = state_lib.abstract(task, tx, mesh)
+                items, notes = checkpoints.restore(state_lib.to_items(like))
+                state = state_lib.from_items(like, items)
                 batches.set_state(notes["data"])
                 window.resume(notes["window"])
                 logger.info("%s: going on from step %d", folder.name, checkpoints.latest_step)
         logger.info("%s: %s", folder.name, summary.table(state))
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        update = jit_train_step(task, tx, schedule, settings, shardings)
-        first = int(state.step)
-        log = metrics_log.MetricsWriter(folder, first)
-        with tqdm(
-            total=settings.steps,
-            initial=first,
-            desc=folder.name,
-            unit="step",
-            disable=jax.process_index() > 0,
-        ) as progress:
-            loop = _Loop(
-                update=update,
-                batches=batches,
-                mesh=mesh,
-                settings=settings,
-                evaluations=evaluations,
-                preemption=preemption,
-                checkpoints=checkpoints,
-                best=best,
-                log=log,
-                progress=progress,
-                window=window,
-                health=monitor.Health(settings),
-            )
-            return loop.run(state)
+        update = jit_train_step(task, tx, schedule, step_settings, shardings)
+        done = int(state.step)
 
+        with (
+            contextlib.closing(MetricsWriter(folder, done)) as log,
+            contextlib.closing(Profiler(folder, settings.profile, done)) as profiler,
+            tqdm(
+                total=settings.steps,
+                initial=done,
+                desc=folder.name,
+                unit="step",
+                disable=jax.process_index() > 0,
+            ) as progress,
+        ):
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Loop:
-    """The steps of one run, with what `fit` made for them."""
+            def draw() -> dict[str, jax.Array]:
+                with jax.transfer_guard_host_to_device("allow"):  # the one transfer there is to be
+                    return mesh_lib.shard_batch(next(batches), mesh)
 
-    update: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
-    batches: Iterator[dict[str, np.ndarray]]
-    mesh: Mesh
-    settings: Settings
-    evaluations: Sequence[Evaluation]
-    preemption: Preemption
-    checkpoints: Checkpoints
-    best: Best
-    log: metrics_log.MetricsWriter
-    progress: tqdm
-    window: monitor.Window
-    health: monitor.Health
+            def save(step: int) -> None:
+                log.flush()
+                notes = {"data": data_state, "window": window.pending()}
+                checkpoints.save(step, state_lib.to_items(state), notes)
 
-    def run(self, state: TrainState) -> TrainState:
-        """The state after the last step."""
-        settings, first = self.settings, int(state.step)
-        if first and not broadcast_from_first(self.log.has(first, EVALUATED)):
-            self._evaluate(first, state)  # stopped between checkpoint and evaluations
-        if first < settings.steps:
-            batch = self.window.timed(self._draw)
+            def evaluate(step: int) -> None:
+                is_last = step >= settings.steps
+                due = [e for e in evaluations if step % e.every == 0 or is_last]
+                if not due:
+                    return
+                start = time.perf_counter()
+                with preemption.interruptible():
+                    values = {k: v for evaluation in due for k, v in evaluation.run(state).items()}
+                seconds = time.perf_counter() - start
+                window.pause(seconds)
+                if VALIDATION_LOSS in values:
+                    best.save_if_better(step, values[VALIDATION_LOSS], {"ema": state.ema})
+                log.write(step, {**values, EVALUATED: seconds})
 
-        for step in range(first + 1, settings.steps + 1):
-            is_last = step == settings.steps
-            with jax.set_mesh(self.mesh), jax.transfer_guard("disallow"):
-                state, metrics = self.update(state, batch)
-                self.window.add(metrics)
-                data_state = self.batches.get_state()
-                if not is_last:
-                    batch = self.window.timed(self._draw)  # while the device is at this step
+            if done and not broadcast_from_first(log.has(done, EVALUATED)):
+                evaluate(done)  # the run before stopped between checkpoint and evaluations
+            if done < settings.steps:
+                batch = window.timed(draw)
 
-            if step % settings.log_every == 0 or is_last:
-                self._report(step)
-            # First the checkpoint: an evaluation that fails must not lose what was trained.
-            try:
-                self.preemption.check(step)
-                if step % settings.checkpoint_every == 0 or is_last:
-                    self._save(step, state, data_state)
-                self._evaluate(step, state)
-            except Preempted:
-                if self.checkpoints.latest_step != step:
-                    self._save(step, state, data_state)
-                raise
+            for step in range(done + 1, settings.steps + 1):
+                is_last = step == settings.steps
+                profiler.start_before(step)
+                with (
+                    jax.set_mesh(mesh),
+                    jax.transfer_guard("disallow"),
+                    jax.profiler.StepTraceAnnotation("train", step_num=step),
+                ):
+                    state, metrics = update(state, batch)
+                    window.add(metrics)
+                    data_state = batches.get_state()
+                    if not is_last:
+                        batch = window.timed(draw)  # while the device is at this step
+                profiler.stop_after(step, metrics)
+
+                if step % settings.log_every == 0 or is_last:
+                    values, steps = window.close()
+                    log.write(step, values)
+                    progress.set_postfix(loss=f"{values['loss']:.4f}")
+                    progress.update(step - progress.n)
+                    health.check(step, steps, checkpoints.latest_step)
+                    checkpoints.check()
+
+                # First the checkpoint: an evaluation that fails must not lose what was trained.
+                try:
+                    preemption.check(step)
+                    if step % settings.checkpoint_every == 0 or is_last:
+                        save(step)
+                    evaluate(step)
+                except Preempted:
+                    if checkpoints.latest_step != step:
+                        save(step)
+                    raise
         return state
-
-    def _draw(self) -> dict[str, jax.Array]:
-        with jax.transfer_guard_host_to_device("allow"):  # the one transfer there is to be
-            return mesh_lib.shard_batch(next(self.batches), self.mesh)
-
-    def _report(self, step: int) -> None:
-        """Logs the steps since the last time, and looks whether all is well with them."""
-        values, steps = self.window.close()
-        self.log.write(step, values)
-        self.progress.set_postfix(loss=f"{values['loss']:.4f}")
-        self.progress.update(step - self.progress.n)
-        self.health.check(step, steps, self.checkpoints.latest_step)
-        self.checkpoints.check()
-
-    def _save(self, step: int, state: TrainState, data_state: Any) -> None:
-        notes = {"data": data_state, "window": self.window.pending()}
-        self.checkpoints.save(step, state, notes)
-
-    def _evaluate(self, step: int, state: TrainState) -> None:
-        """Runs what is due at `step`, and logs it."""
-        is_last = step >= self.settings.steps
-        due = [e for e in self.evaluations if step % e.every == 0 or is_last]
-        if not due:
-            return
-        start = time.perf_counter()
-        with self.preemption.interruptible():
-            values = {k: v for evaluation in due for k, v in evaluation.run(state).items()}
-        seconds = time.perf_counter() - start
-        self.window.pause(seconds)
-        if VALIDATION_LOSS in values:
-            self.best.save_if_better(step, values[VALIDATION_LOSS], state)
-        self.log.write(step, {**values, EVALUATED: seconds})

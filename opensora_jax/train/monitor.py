@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from opensora_jax.train.step import Metrics, Settings
+from opensora_jax.train.settings import Throughput
+from opensora_jax.train.step import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ class Window:
     running ahead of it by more than two steps.
     """
 
-    def __init__(self, settings: Settings):
-        self._settings = settings
+    def __init__(self, throughput: Throughput):
+        self._throughput = throughput
         self._restart([])
 
     def _restart(self, steps: list[Metrics]) -> None:
@@ -83,16 +84,16 @@ class Window:
         return values, steps
 
     def _speeds(self, n: int) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._since
+        elapsed, throughput = time.perf_counter() - self._since, self._throughput
         speeds = {
-            "tokens_per_second": n * self._settings.tokens_per_step / elapsed,
+            "tokens_per_second": n * throughput.tokens_per_step / elapsed,
             "data_wait_share": self._waited / elapsed,
         }
-        if self._settings.flops_per_step:
-            flops = n * self._settings.flops_per_step / elapsed / jax.device_count()
+        if throughput.flops_per_step:
+            flops = n * throughput.flops_per_step / elapsed / jax.device_count()
             speeds["tflops_per_device"] = flops / 1e12
-            if self._settings.peak_flops:
-                speeds["mfu"] = flops / self._settings.peak_flops
+            if throughput.peak_flops:
+                speeds["mfu"] = flops / throughput.peak_flops
         return speeds
 
 
@@ -101,10 +102,14 @@ def _fetch(steps: list[Metrics]) -> list[dict[str, np.float32]]:
 
 
 class Health:
-    """Tells of skipped steps and of spikes of the gradient, and when to give up."""
+    """Tells of skipped steps and of spikes of the gradient, and when to give up.
 
-    def __init__(self, settings: Settings):
-        self._most_skipped = settings.max_skipped_steps
+    Args:
+      max_skipped_steps: so many in a row end the training.
+    """
+
+    def __init__(self, max_skipped_steps: int):
+        self._most_skipped = max_skipped_steps
         self._norms = collections.deque(maxlen=_MOST)
 
     def check(

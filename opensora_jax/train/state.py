@@ -1,5 +1,6 @@
 """The train state: everything that resumes, in one pytree."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -11,8 +12,11 @@ from flax import struct
 from jax.sharding import Mesh
 
 from opensora_jax import mesh as mesh_lib
+from opensora_jax.mesh import PyTree
 
-PyTree = Any
+# The item of a checkpoint that holds the step and the counts of skipped ones: Orbax takes trees,
+# not single arrays, and writes some ten files for each.
+_COUNTERS = "counters"
 
 
 class Task(Protocol):
@@ -43,6 +47,19 @@ class TrainState:
     opt_state: PyTree
     extra: PyTree  # batch statistics, codebook averages
     skipped: dict[str, jax.Array]  # int32: steps that were not finite, in total and in a row
+
+
+def to_items(state: TrainState) -> dict[str, PyTree]:
+    """The named items of a checkpoint: the fields that hold anything."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    fields[_COUNTERS] = {name: fields.pop(name) for name in ("step", "skipped")}
+    return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
+
+
+def from_items(like: TrainState, items: Mapping[str, PyTree]) -> TrainState:
+    """The state that `to_items` made `items` of; its empty fields are those of `like`."""
+    fields = {name: tree for name, tree in items.items() if name != _COUNTERS}
+    return like.replace(**fields, **items[_COUNTERS])
 
 
 def new(task: Task, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:

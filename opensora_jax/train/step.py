@@ -1,6 +1,5 @@
 """One step of training, apart from the loop: what `bench` measures and `plan` compiles as well."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,44 +7,17 @@ import jax.numpy as jnp
 import optax
 
 from opensora_jax import rngs
+from opensora_jax.train.settings import StepSettings
 from opensora_jax.train.state import Task, TrainState
 
 Metrics = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How long to train and how often to look; units are optimizer steps.
-
-    Attributes:
-      accumulate: microbatches of a step.
-      tokens_per_step: over all devices, for the speed that is logged.
-      flops_per_step: model FLOPs over all devices, likewise; 0: not known.
-      peak_flops: FLOP/s of a device, for its utilization; 0: not known.
-      keep_checkpoints: how many of the last ones are kept.
-      keep_every: checkpoints of multiples of it are kept for good; 0: none.
-      max_skipped_steps: so many in a row that are not finite end the training.
-    """
-
-    steps: int
-    seed: int
-    ema_decay: float
-    accumulate: int
-    log_every: int
-    checkpoint_every: int
-    tokens_per_step: int
-    flops_per_step: float = 0.0
-    peak_flops: float = 0.0
-    keep_checkpoints: int = 2
-    keep_every: int = 0
-    max_skipped_steps: int = 10
 
 
 def train_step(
     task: Task,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
-    settings: Settings,
+    settings: StepSettings,
     state: TrainState,
     batch: dict[str, jax.Array],
 ) -> tuple[TrainState, Metrics]:
@@ -113,7 +85,7 @@ def jit_train_step(
     task: Task,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
-    settings: Settings,
+    settings: StepSettings,
     shardings: TrainState,
 ):
     """`train_step` of (state, batch) as it runs: compiled, sharded, the old state given away."""

@@ -6,16 +6,15 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from opensora_jax.mesh import PyTree
 from opensora_jax.train.state import TrainState
-
-PyTree = Any
 
 # Arrays of at least this share of the parameters are listed one by one.
 LARGE = 0.02
 
 
 def table(state: TrainState) -> str:
-    """Parameters and bytes on a device by module, and how each large array is divided.
+    """Parameters and bytes on a device by module, and how each large array is sharded.
 
     Args:
       state: of arrays, or of shapes, with shardings.
@@ -34,8 +33,8 @@ def table(state: TrainState) -> str:
         large: dict[str, list[str]] = {}
         for name, x in arrays:
             if x.size >= LARGE * total:
-                large.setdefault(_division(x), []).append(name)
-        described = [f"{', '.join(names)}: {division}" for division, names in large.items()]
+                large.setdefault(_sharding(x), []).append(name)
+        described = [f"{', '.join(names)}: {sharding}" for sharding, names in large.items()]
         n = sum(x.size for _, x in arrays)
         held = device_bytes([x for _, x in arrays])
         rows.append((module, f"{n:,}", _size(held), *described[:1]))
@@ -62,7 +61,7 @@ def device_bytes(tree: PyTree) -> int:
     )
 
 
-def _division(x: jax.Array) -> str:
+def _sharding(x: jax.Array) -> str:
     axes = ["-"] * x.ndim
     if isinstance(x.sharding, NamedSharding):
         for i, part in enumerate(x.sharding.spec):

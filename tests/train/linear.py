@@ -8,8 +8,10 @@ from jax.sharding import AxisType
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.train import loop, metrics_log, optim
+from opensora_jax.train.settings import LoopSettings, StepSettings, Throughput
 
 N, D = 64, 4
+SPEED = Throughput(tokens_per_step=16)
 # What differs from run to run.
 TIMES = ("tokens_per_second", "data_wait_share", "evaluation_seconds", "tflops_per_device", "mfu")
 
@@ -57,25 +59,14 @@ def batches(bad=(), shuffled=True):
     return iter(rows.repeat().batch(16, drop_remainder=True).to_iter_dataset(few))
 
 
-def optimizer(settings):
-    schedule = optim.schedule(0.3, 2, settings.steps)
+def optimizer():
+    schedule = optim.schedule(0.3, 2, 10)  # of every test, so that one program serves all
     tx = optim.make("adamw", schedule, b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0)
     return tx, schedule
 
 
-def make_settings(**given):
-    return loop.Settings(
-        **{
-            "steps": 10,
-            "seed": 0,
-            "ema_decay": 0.99,
-            "accumulate": 1,
-            "log_every": 1,
-            "checkpoint_every": 4,
-            "tokens_per_step": 16,
-        }
-        | given
-    )
+def step_settings(accumulate=1):
+    return StepSettings(seed=0, ema_decay=0.99, accumulate=accumulate)
 
 
 def one_device():
@@ -84,15 +75,17 @@ def one_device():
     )
 
 
-def fit(folder, data=None, evaluations=(), start_from=dict, **given):
-    settings = make_settings(**given)
+def fit(folder, data=None, evaluations=(), start_from=dict, throughput=SPEED, **settings):
+    settings = LoopSettings(**{"steps": 10, "log_every": 1, "checkpoint_every": 4} | settings)
     return loop.fit(
         Linear(noise=0.1),
-        *optimizer(settings),
+        *optimizer(),
         data or batches(),
         mesh=one_device(),
         folder=folder,
         settings=settings,
+        step_settings=step_settings(),
+        throughput=throughput,
         evaluations=evaluations,
         start_from=start_from,
     )

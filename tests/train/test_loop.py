@@ -2,7 +2,8 @@
 
 import functools
 import json
-import resource
+import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,21 @@ from linear import (
     assert_identical,
     batches,
     fit,
-    make_settings,
     metrics,
     numbers,
     one_device,
     optimizer,
+    step_settings,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opensora_jax import rngs
 from opensora_jax.checkpoint import manager as checkpoint
-from opensora_jax.train import loop, metrics_log, monitor, optim, step
+from opensora_jax.train import loop, monitor, optim, step
 from opensora_jax.train import state as state_lib
+from opensora_jax.train.settings import Throughput
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def test_it_learns_and_writes_what_it_measures(tmp_path):
@@ -36,10 +40,9 @@ def test_it_learns_and_writes_what_it_measures(tmp_path):
         seen.append(int(state.step))
         return {"held_out": float(state.extra["calls"])}
 
-    speeds = {"flops_per_step": 8e9, "peak_flops": 1e12}
-    data = batches()
+    data, speeds = batches(), Throughput(16, flops_per_step=8e9, peak_flops=1e12)
     evaluations = [loop.Evaluation(4, evaluate)]
-    state = fit(tmp_path, data=data, evaluations=evaluations, log_every=3, **speeds)
+    state = fit(tmp_path, data=data, evaluations=evaluations, log_every=3, throughput=speeds)
     assert int(state.step) == 10
     assert float(state.extra["calls"]) == 10
     assert seen == [4, 8, 10]
@@ -68,43 +71,12 @@ def test_it_learns_and_writes_what_it_measures(tmp_path):
     ]
 
 
-def test_tensorboard_forgets_what_a_run_before_wrote_of_later_steps(tmp_path):
-    log = metrics_log.MetricsWriter(tmp_path, 0)
-    for i in (1, 2, 3):
-        log.write(i, {"loss": 1.0})
-    events = next((tmp_path / "tensorboard").iterdir())
-    events.rename(events.with_name("events.out.tfevents.1.earlier.1"))
-    metrics_log.MetricsWriter(tmp_path, 1).write(2, {"loss": 2.0})
-    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert [(e.step, e.value) for e in shown] == [(1, 1.0), (2, 2.0)]
-
-
-def test_a_training_outlives_what_tensorboard_cannot_write(tmp_path, caplog):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    log = metrics_log.MetricsWriter(tmp_path, 3)
-    log.write(4, {"loss": 1.0})
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    size = events.stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # as on a full disk
-    try:
-        log.write(5, {"loss": 2.0})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    for i in range(6, 30):
-        log.write(i, {"loss": 3.0})
-    assert len(metrics(tmp_path)) == 26
-    assert events.stat().st_size == size
-    told = [r.getMessage() for r in caplog.records]
-    assert len(told) == 1
-    assert "tensorboard: TensorBoard's logs end here: " in told[0]
-
-
 def test_microbatches_are_one_batch():
     task, batch = Linear(), next(batches())
     states, measured = {}, {}
     for n in (1, 2):
-        settings = make_settings(accumulate=n)
-        tx, schedule = optimizer(settings)
+        settings = step_settings(accumulate=n)
+        tx, schedule = optimizer()
         first, _ = state_lib.create(task, tx, one_device(), rngs.key(0, "init"))
         update = jax.jit(functools.partial(step.train_step, task, tx, schedule, settings))
         states[n], _ = update(first, batch)  # without warm-up, the first step stands still
@@ -179,6 +151,25 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path):
         assert about["notes"] == {"step": 10, "validation_loss": 0.1}
 
 
+def test_a_training_that_an_earlier_version_began_goes_on(tmp_path):
+    # Killed in the evaluation of step 6.
+    with zipfile.ZipFile(GOLDEN / "training.zip") as kept:
+        kept.extractall(tmp_path)
+    (earlier, *_) = numbers(tmp_path)
+    losses = [loop.Evaluation(2, lambda state: {"validation_loss": 1.0 / int(state.step)})]
+    state = fit(tmp_path, evaluations=losses, log_every=3)
+    assert float(state.extra["calls"]) == 10
+    lines = numbers(tmp_path)
+    assert lines[0] == earlier == {"step": 2, "validation_loss": 0.5}
+    assert [line["before"] for line in lines if "loss" in line] == [1, 4, 7, 9]
+    whole = fit(tmp_path / "whole", log_every=3)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state.params, whole.params
+    )
+    (best,) = (tmp_path / checkpoint.BEST).iterdir()
+    assert best.name == "5"  # of steps 2, 4, 6, 8 and 10
+
+
 def test_only_a_new_training_starts_from_given_parameters(tmp_path):
     seven = np.full((D, 2), 7, np.float32)
     asked = []
@@ -215,7 +206,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path, caplog):
     # A mean is over the steps that were finite; the schedule stands still with the others.
     assert [line["before"] for line in lines] == [0, 2.5, 4, 6.5, 8]
     assert all(np.isfinite(line["loss"]) for line in lines)
-    schedule = optimizer(make_settings())[1]
+    schedule = optimizer()[1]
     assert [line["learning_rate"] for line in lines] == pytest.approx(
         [float(schedule(i)) for i in (1, 2, 4, 5, 7)]
     )
@@ -244,11 +235,11 @@ def test_too_many_steps_that_are_not_finite_end_the_training(tmp_path):
 def test_without_a_checkpoint_none_is_named():
     bad = {"loss": np.nan, "grad_norm": np.nan, "skipped_in_a_row": 1.0, "skipped_steps": 1.0}
     with pytest.raises(FloatingPointError, match="There is no checkpoint yet"):
-        monitor.Health(make_settings(max_skipped_steps=1)).check(1, [bad], None)
+        monitor.Health(max_skipped_steps=1).check(1, [bad], None)
 
 
 def test_a_spike_of_the_gradient_is_told_once(caplog):
-    health = monitor.Health(make_settings())
+    health = monitor.Health(max_skipped_steps=10)
 
     def check(last, *norms):
         steps = [{"grad_norm": np.float32(n), "skipped_in_a_row": np.float32(0)} for n in norms]

@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-from functools import partial
 
 import jax
 import numpy as np
@@ -11,50 +10,40 @@ import pytest
 from jax.sharding import AxisType
 
 from opensora_jax import mesh as mesh_lib
-from opensora_jax import rngs
 from opensora_jax.diffusion.objectives import RectifiedFlow
-from opensora_jax.models.dit import DiT
-from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.models.dit import DiTConfig
+from opensora_jax.models.vqvae import VQVAEConfig
 from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.tasks.vqvae import VQVAETask
 from opensora_jax.train import optim, step
 from opensora_jax.train import state as state_lib
+from opensora_jax.train.settings import StepSettings
 from opensora_jax.train.state import TrainState
 
-STEPS, BATCH = 20, 8
-SETTINGS = step.Settings(
-    steps=STEPS,
-    seed=0,
-    ema_decay=0.9,
-    accumulate=1,
-    log_every=1,
-    checkpoint_every=STEPS,
-    tokens_per_step=1,
-)
+STEPS, BATCH = 12, 8
+SETTINGS = StepSettings(seed=0, ema_decay=0.9)
 WIDTH, TOKENS = 64, 12
-# Sizes of AXES.
-LAYOUTS = ["1x8x1x1", "2x2x2x1", "1x2x2x2"]
-SLOW_LAYOUTS = ["8x1x1x1", "1x1x4x2", "1x1x1x4", "2x1x4x1", "4x2x1x1", "1x4x2x1"]
+# Sizes of AXES. By default one layout is compared with one device here; test_multiprocess.py
+# compares 1x2x2x2, on two processes, with 8x1x1x1.
+LAYOUT = "2x2x2x1"
+LAYOUTS = ["1x8x1x1", LAYOUT, "1x2x2x2"]
+MORE_LAYOUTS = ["8x1x1x1", "1x1x4x2", "1x1x1x4", "2x1x4x1", "4x2x1x1", "1x4x2x1"]
 
 
 def dit_task(text_mode="cross_attention", width=WIDTH):
     codebook = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
-    return DiTTask(
-        partial_model(
-            DiT,
-            depth=2,
-            width=width,
-            heads=8,
-            channels=4,
-            out_channels=4,
-            patch=2,
-            text_width=10,
-            text_mode=text_mode,
-        ),
-        Latents(codebook, np.ones(16)),
-        caption_dropout=0.3,
-        objective=RectifiedFlow(),
+    config = DiTConfig(
+        depth=2,
+        width=width,
+        heads=8,
+        channels=4,
+        out_channels=4,
+        patch=2,
+        text_width=10,
+        text_mode=text_mode,
     )
+    latents = Latents.normalized(codebook, np.ones(16))
+    return DiTTask(config, latents, RectifiedFlow(), caption_dropout=0.3)
 
 
 def in_context_task():
@@ -62,8 +51,7 @@ def in_context_task():
 
 
 def vqvae_task(width=8):
-    make = partial_model(
-        VQVAE,
+    config = VQVAEConfig(
         n_codes=16,
         embedding_dim=4,
         n_hiddens=width,
@@ -72,12 +60,7 @@ def vqvae_task(width=8):
         normalize_latents=True,
         n_frames=2,
     )
-    return VQVAETask(make, (5, 10))
-
-
-def partial_model(kind, **arguments):
-    make = partial(kind, **arguments)
-    return lambda rngs: make(rngs=rngs)
+    return VQVAETask(config, quantize_between=(5, 10))
 
 
 def make_batch(i):
@@ -117,9 +100,7 @@ class Training:
         self.shardings = state_lib.state_shardings(task, tx, self.mesh, self._start)
         update = step.jit_train_step(task, tx, schedule, SETTINGS, self.shardings)
         with jax.set_mesh(self.mesh):
-            lowered = update.lower(self.start(), self._batch(0))
-        # Compiling is what takes long here, not running.
-        self._step = lowered.compile({"xla_backend_optimization_level": 0})
+            self._step = update.lower(self.start(), self._batch(0)).compile()
 
     def start(self):
         return jax.device_put(self._start, self.shardings)
@@ -147,9 +128,13 @@ class Training:
 
 @functools.cache
 def first_state(make_task, optimizer):
+    """With random numbers for parameters, none of them zero, which takes no compiling."""
     tx, _ = make_optimizer(optimizer)
-    state, _ = state_lib.create(make_task(), tx, make_mesh("1x1x1x1"), rngs.key(0, "init"))
-    return jax.device_get(state)
+    state = state_lib.abstract(make_task(), tx, make_mesh("1x1x1x1"))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), state.params)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+    return zeros.replace(params=params, ema=params)
 
 
 @functools.cache
@@ -175,8 +160,8 @@ def slow(*arguments):
 @pytest.mark.parametrize(
     ("make_task", "optimizer", "layout"),
     [
-        *[(dit_task, "adamw", layout) for layout in LAYOUTS],
-        *[slow(dit_task, "adamw", layout) for layout in SLOW_LAYOUTS],
+        (dit_task, "adamw", LAYOUT),
+        *[slow(dit_task, "adamw", layout) for layout in LAYOUTS + MORE_LAYOUTS if layout != LAYOUT],
         *[slow(in_context_task, "adamw", layout) for layout in LAYOUTS],
         *[slow(dit_task, "muon", layout) for layout in LAYOUTS],
         *[slow(vqvae_task, "adamw", layout) for layout in ["8x1x1x1", *LAYOUTS]],
@@ -185,20 +170,23 @@ def slow(*arguments):
 def test_numbers_do_not_depend_on_the_mesh(make_task, optimizer, layout):
     one = measured(make_task, "1x1x1x1", optimizer)
     assert len(np.unique(one[:, 0])) == STEPS
-    assert one[-5:, 0].mean() < one[:5, 0].mean()
+    assert one[-3:, 0].mean() < one[:3, 0].mean()
     assert_close(measured(make_task, layout, optimizer), one)
 
 
-def test_fsdp_gathers_weights_and_never_sums_activations():
+KERNELS = {(WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)}
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_weights_and_moves_no_activations():
     collectives = training(dit_task, "1x8x1x1", "adamw").collectives()
-    gathered = [shape for kind, shape in collectives if kind == "all-gather"]
-    for kernel in [(WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)]:
-        assert kernel in gathered
+    assert {shape for kind, shape in collectives if kind == "all-gather"} >= KERNELS
     assert not [c for c in collectives if TOKENS in c[1]]
 
 
-def test_context_swaps_heads_with_tokens_and_moves_no_others():
-    collectives = training(dit_task, "2x2x2x1", "adamw").collectives()
+def test_fsdp_gathers_weights_and_context_swaps_heads_with_tokens_and_neither_moves_others():
+    collectives = training(dit_task, LAYOUT, "adamw").collectives()
+    assert {shape for kind, shape in collectives if kind == "all-gather"} >= KERNELS
     assert [shape for kind, shape in collectives if kind == "all-to-all" and TOKENS // 2 in shape]
     for kind, shape in collectives:
         activations = {TOKENS, TOKENS // 2} & set(shape) and {WIDTH, 4 * WIDTH} & set(shape)
