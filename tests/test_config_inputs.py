@@ -11,7 +11,7 @@ import pytest
 from opensora_jax import config as config_lib
 from opensora_jax import files, main
 from opensora_jax.convert import videogpt
-from opensora_jax.data import dataset, video_io
+from opensora_jax.data import video_io
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.tokenizer import save_tokenizer
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
         "fps": 8.0,
     }
     (folder / "dataset").mkdir()
-    dataset.write_metadata(folder / "dataset", metadata)
+    files.write_json(folder / "dataset" / "metadata.json", metadata)
     return folder
 
 
