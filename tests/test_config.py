@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from opensora_jax import config as config_lib
 from opensora_jax.build import training as build
-from opensora_jax.data import moving_shapes
+from opensora_jax.data import moving_shapes, video_io
 from opensora_jax.planning import synthetic
 
 ROOT = Path(__file__).parent.parent
@@ -289,3 +289,15 @@ def test_a_bad_command_line_ends_with_one_line(arguments, expected, tmp_path):
     assert len(lines) == 1
     assert re.search(expected, lines[0])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["shapes", "vqvae", "preprocess"])
+def test_frame_rates_are_those_that_files_can_have(part):
+    rule = config_lib.RULES[part]["fps"]
+    for fps in (video_io.MIN_FPS, video_io.MAX_FPS):
+        video_io.check_fps(fps)
+        assert rule.test(fps)
+    for fps in (video_io.MIN_FPS / 2, video_io.MAX_FPS * 2, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="fps="):
+            video_io.check_fps(fps)
+        assert not rule.test(fps)

@@ -49,6 +49,8 @@ def one_of(names: Sequence[str]) -> Rule:
 positive = Rule(lambda v: _is_number(v) and v > 0, "a positive number")
 not_negative = Rule(lambda v: _is_number(v) and v >= 0, "zero or a positive number")
 share = Rule(lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
+# `data.video_io.check_fps` with its bounds, which would have to be imported with the decoders.
+frame_rate = Rule(lambda v: _is_number(v) and 0.01 <= v <= 1000, "0.01 to 1000 frames a second")
 below_one = Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
 even = Rule(lambda v: _is_whole(v) and v >= 2 and v % 2 == 0, "an even number of at least 2")
 true_or_false = Rule(lambda v: isinstance(v, bool), "True or False")
@@ -120,7 +122,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "n_held_out": at_least(1),
         "n_frames": at_least(2),
         "resolution": Rule(lambda v: even.test(v) and v >= 16, "16 or more, even"),
-        "fps": positive,
+        "fps": frame_rate,
         "n_captions": Rule(lambda v: _is_whole(v) and 1 <= v <= 10, "1 to 10"),
     },
     "vqvae": _TRAINING
@@ -133,13 +135,13 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "normalize_latents": true_or_false,
         "n_frames": at_least(1),
         "resolution": at_least(1),
-        "fps": not_negative,
+        "fps": Rule(lambda v: v == 0 or frame_rate.test(v), f"0, or {frame_rate.expected}"),
         "quantize_from": share,
         "quantize_to": share,
     },
     "preprocess": {
         "resolution": at_least(1),
-        "fps": not_negative,
+        "fps": Rule(lambda v: v == 0 or frame_rate.test(v), f"0, or {frame_rate.expected}"),
         "max_frames": at_least(1),
         "n_frames": at_least(0),
         "window": at_least(0),
