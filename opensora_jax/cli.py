@@ -98,7 +98,7 @@ def parse_with_config(
         if not isinstance(unknown, KeyError):
             raise
         raise ValueError(f"--config has no such field: {unknown.args[0]}") from error
-    except (flags.Error, OSError, SyntaxError) as error:
+    except (flags.Error, OSError, SyntaxError, TypeError) as error:
         # Ahead of the reason stand a traceback or the places that were searched.
         raise ValueError(f"--config: {str(error).splitlines()[-1].strip()}") from error
     if rest:
