@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
     c.seed = 0
     # Run in this order; each is skipped when done and goes on when it was interrupted.
     c.stages = ("vqvae", "preprocess", "dit", "report")
+    # (first, last): the steps whose trace is written to the workdir's profile folder; (): none.
+    c.profile = ()
 
     # Where things are. Empty: where the stage before writes them in the workdir.
     c.data = ConfigDict()

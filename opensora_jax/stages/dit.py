@@ -100,7 +100,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         batches(rows, config.seed),
         mesh=mesh,
         folder=folder,
-        settings=build.loop_settings(c),
+        settings=build.loop_settings(c, config.profile),
         step_settings=training.step_settings,
         throughput=training.throughput,
         evaluations=evaluations,

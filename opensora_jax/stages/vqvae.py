@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         batches,
         mesh=mesh,
         folder=folder,
-        settings=build.loop_settings(c),
+        settings=build.loop_settings(c, config.profile),
         step_settings=build.step_settings(c, config.seed),
         throughput=build.throughput(_tokens(c)),
         evaluations=[loop.Evaluation(c.eval_every, lambda state: held_out(task, state, folder))],
