@@ -51,7 +51,7 @@ def step_settings(c: ConfigDict, seed: int) -> StepSettings:
     return StepSettings(seed=seed, ema_decay=c.ema_decay, accumulate=c.accumulate)
 
 
-def loop_settings(c: ConfigDict, profile: Sequence[int] = ()) -> LoopSettings:
+def loop_settings(c: ConfigDict, profile: Sequence[int]) -> LoopSettings:
     """The settings of the loop of `config.vqvae` or `config.dit`."""
     return LoopSettings(
         steps=c.steps,

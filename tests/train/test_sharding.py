@@ -24,7 +24,7 @@ STEPS, BATCH = 12, 8
 SETTINGS = StepSettings(seed=0, ema_decay=0.9)
 WIDTH, TOKENS = 64, 12
 # Sizes of AXES. By default one layout is compared with one device here; test_multiprocess.py
-# compares 1x2x2x2, on two processes, with 8x1x1x1.
+# compares 1x2x1x2, on two processes, with 8x1x1x1.
 LAYOUT = "2x2x2x1"
 LAYOUTS = ["1x8x1x1", LAYOUT, "1x2x2x2"]
 MORE_LAYOUTS = ["8x1x1x1", "1x1x4x2", "1x1x1x4", "2x1x4x1", "4x2x1x1", "1x4x2x1"]
