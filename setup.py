@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opensora_jax", "opensora_jax.*"]),
-    package_data={"opensora_jax.report": ["page.html.template"]},
+    package_data={"opensora_jax.report": ["templates/*"]},
     # What the package imports directly; lower bounds only where an older one is known not to do.
     install_requires=[
         "jax>=0.10",
@@ -32,11 +32,12 @@ setup(
         "av",
         "tensorboard",
         "matplotlib",
+        "jinja2",
         "tqdm",
     ],
     extras_require={
         "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths
         "cuda": ["jax[cuda13]"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-timeout", "ruff"],
     },
 )

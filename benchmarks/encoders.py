@@ -31,8 +31,8 @@ from flax import nnx
 
 from opensora_jax.convert.clip import load_clip_text
 from opensora_jax.convert.videogpt import load_videogpt
-from opensora_jax.models.clip_text import ClipText
-from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.models.clip_text import ClipText, ClipTextConfig
+from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
 
 VQVAE_SIZES = {
     "n_codes": 2048,
@@ -124,7 +124,8 @@ def vqvae_case(args: argparse.Namespace, folder: Path | None) -> Case:
         theirs = torch_runner(model, args.dtype, np.moveaxis(video, -1, 1))
         model = load_videogpt(folder / "vqvae.ckpt", dtype=dtype)
     else:
-        model = VQVAE(**VQVAE_SIZES, n_frames=N_FRAMES, rngs=nnx.Rngs(0), dtype=dtype)
+        config = VQVAEConfig(**VQVAE_SIZES, n_frames=N_FRAMES)
+        model = VQVAE(config, rngs=nnx.Rngs(0), dtype=dtype)
         model.eval()
 
     def check(ours, theirs):
@@ -154,7 +155,7 @@ def clip_case(args: argparse.Namespace, folder: Path | None) -> Case:
         theirs = torch_runner(model, args.dtype, *inputs, output="last_hidden_state")
         model = load_clip_text(folder, dtype)
     else:
-        model = ClipText(**CLIP_SIZES, dtype=dtype, rngs=nnx.Rngs(0))
+        model = ClipText(ClipTextConfig(**CLIP_SIZES), rngs=nnx.Rngs(0), dtype=dtype)
 
     def check(ours, theirs):
         difference = np.abs(ours - theirs).max()

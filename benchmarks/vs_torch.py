@@ -61,8 +61,9 @@ def pytorch(config, compiled: bool) -> tuple[dict, Run]:
 
     training = synthetic.training(config)
     names = ("depth", "width", "heads", "channels", "patch", "text_width")
+    sizes = {name: getattr(training.task.config, name) for name in names}
     step = Training(
-        {name: training.dit[name] for name in names} | {"grid": synthetic.latent_grid(config)},
+        sizes | {"grid": synthetic.latent_grid(config)},
         training.task.latents.table,
         synthetic.batch(config, mesh.make_mesh(config.mesh)),
         compiled=compiled,

@@ -14,16 +14,15 @@ def get_config() -> ConfigDict:
     c.seed = 0
     # Run in this order; each is skipped when done and goes on when it was interrupted.
     c.stages = ("vqvae", "preprocess", "dit", "report")
-    # (first, last): the steps whose trace is written to the workdir's profile folder; (): none.
+    # (first, last): steps of each training whose trace is written to its folder, dit/profile or
+    # vqvae/profile; (): none.
     c.profile = ()
 
     # Where things are. Empty: where the stage before writes them in the workdir.
     c.data = ConfigDict()
     c.data.captions = ""  # captions file, JSON or JSONL; empty: the moving shapes'
     c.data.videos = ""  # folder of video files; empty: the moving shapes'
-    c.data.held_out_videos = (
-        ""  # folder of videos to watch the VQ-VAE on; empty: moving shapes, or none
-    )
+    c.data.held_out_videos = ""  # folder to watch the VQ-VAE on; empty: the moving shapes'
     c.data.dataset = ""  # Arrow dataset to train the DiT on; empty: WORKDIR/dataset
     c.data.vqvae = ""  # VQ-VAE folder or VideoGPT checkpoint; empty: WORKDIR/vqvae
     c.data.text_model = ""  # CLIP folder or hub name; empty: a small random one, made on the spot
@@ -59,7 +58,6 @@ def get_config() -> ConfigDict:
     c.vqvae.batch_size = 32  # clips a step, over all devices
     c.vqvae.accumulate = 1  # microbatches a step, when a batch does not fit
     c.vqvae.steps = 100_000
-    c.vqvae.optimizer = "adamw"
     c.vqvae.learning_rate = 3e-4  # peak, after warm-up
     c.vqvae.warmup_steps = 500
     c.vqvae.b1 = 0.9  # Adam's
@@ -105,8 +103,8 @@ def get_config() -> ConfigDict:
     c.dit.caption_dropout = 0.1  # share of examples without text, for guidance
     # What is trained on: flow, rectified flow, or ddpm, DiT's (the noise, its variance learned).
     c.dit.objective = "flow"
-    # Of flow, what the network gives: velocity, or data (the clean latents, from which the velocity follows)
-    # where a token holds as many numbers as the network is wide.
+    # Of flow, what the network gives: velocity, or data (the clean latents, from which the velocity
+    # follows) where a token holds as many numbers as the network is wide.
     c.dit.prediction = "velocity"
     c.dit.time_shift = 1.0  # of flow; above 1: more of the noisy times, for large grids or patches
     c.dit.validation_share = 0.02  # share of the videos held back to measure the loss on

@@ -13,28 +13,28 @@ and writes
 Running it again changes nothing.
 """
 
-import argparse
-import json
 import os
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
-from opensora_jax.files import write_json
+from opensora_jax import cli
+from opensora_jax.files import read_json, short, write_json
 
 SPLITS = ("train", "val", "test")
 _MOST_NAMES = 10  # on the screen; the report names all
-
-
-class CollateError(ValueError):
-    """A file of the archive is missing or not as expected; the message names it."""
+_LONGEST_NAME = 60  # in characters of up to four bytes: file systems take 255 bytes
 
 
 def collate(source: Path, output: Path) -> dict:
-    """Writes the splits; returns what collate_report.json holds."""
+    """Writes the splits; returns what collate_report.json holds.
+
+    Raises:
+      FileNotFoundError: a file of the archive is missing.
+      ValueError: one is not as expected.
+    """
     annotations = source / "annotation" / "MSR_VTT.json"
     captions, blank = read_annotations(annotations)
     splits = {}
@@ -42,13 +42,13 @@ def collate(source: Path, output: Path) -> dict:
         splits[split] = read_list(source / "structured-symlinks" / f"{split}_list_full.txt")
     videos = source / "videos" / "all"
     if not videos.is_dir():
-        raise CollateError(f"{videos}: no such folder: expected the videos")
+        raise FileNotFoundError(f"{videos}: no such folder: expected the videos")
 
     report = {"splits": {}, "blank_captions_of": blank}
     for split, names in splits.items():
         usable = [name for name in names if name in captions and _video(videos, name).is_file()]
         if not usable:
-            raise CollateError(f"{videos}: not one of the {len(names)} videos of {split} is usable")
+            raise ValueError(f"{videos}: not one of the {len(names)} videos of {split} is usable")
         folder = output / split
         (folder / "videos").mkdir(parents=True, exist_ok=True)
         for name in tqdm(usable, desc=split, unit="video"):
@@ -74,20 +74,19 @@ def collate(source: Path, output: Path) -> dict:
 
 def read_annotations(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     """All captions of each video, in the file's order; and the videos of the blank ones."""
-    try:
-        annotations = json.loads(_read(path))["annotations"]
-    except json.JSONDecodeError as error:
-        raise CollateError(f"{path}: not JSON: {error}") from None
-    except (KeyError, TypeError):
-        raise CollateError(f"{path}: no key 'annotations': expected a list under it") from None
+    _expect(path)
+    annotations = read_json(path).get("annotations")
+    if not isinstance(annotations, list):
+        raise ValueError(f"{path}: annotations={short(annotations)}: expected a list")
     captions, blank = {}, []
     for i, annotation in enumerate(annotations):
         where = f"{path}: annotations[{i}]"
         if not isinstance(annotation, dict):
-            raise CollateError(f"{where}={annotation!r}: expected an object")
+            raise ValueError(f"{where}={short(annotation)}: expected an object")
         for key in ("image_id", "caption"):
             if not isinstance(annotation.get(key), str):
-                raise CollateError(f"{where}: {key}={annotation.get(key)!r}: expected a string")
+                found = short(annotation.get(key))
+                raise ValueError(f"{where}: {key}={found}: expected a string")
         name = _name(annotation["image_id"], where)
         if annotation["caption"].strip():
             captions.setdefault(name, []).append(annotation["caption"].strip())
@@ -98,10 +97,15 @@ def read_annotations(path: Path) -> tuple[dict[str, list[str]], list[str]]:
 
 def read_list(path: Path) -> list[str]:
     """The names of the videos of a split, without .mp4, each once."""
-    lines = enumerate(_read(path).splitlines(), start=1)
-    names = [_name(line.strip(), f"{path}: line {i}") for i, line in lines if line.strip()]
+    _expect(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error.reason}") from None
+    numbered = enumerate(lines, start=1)
+    names = [_name(line.strip(), f"{path}: line {i}") for i, line in numbered if line.strip()]
     if not names:
-        raise CollateError(f"{path}: empty: expected one video per line")
+        raise ValueError(f"{path}: empty: expected one video per line")
     return list(dict.fromkeys(names))
 
 
@@ -121,21 +125,18 @@ def link_or_copy(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def _read(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CollateError(
+def _expect(path):
+    if not path.is_file():
+        raise FileNotFoundError(
             f"{path}: no such file: expected the layout of the archive of download_msrvtt.sh"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise CollateError(f"{path}: not UTF-8 text: {error.reason}") from None
+        )
 
 
 def _name(name, where):
     name = name.removesuffix(".mp4")
-    if not name or Path(name).name != name:
-        raise CollateError(f"{where}: {name!r}: expected the name of a video, such as video0")
+    is_file_name = Path(name).name == name and name.isprintable() and len(name) <= _LONGEST_NAME
+    if not name or not is_file_name:
+        raise ValueError(f"{where}: {short(name)}: expected the name of a video, such as video0")
     return name
 
 
@@ -150,16 +151,11 @@ def _print_names(what, names):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument("-d", "--directory", required=True, type=Path, help="the unpacked archive")
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder to write")
     arguments = parser.parse_args()
-    try:
-        report = collate(arguments.directory, arguments.output)
-    except CollateError as error:
-        sys.exit(f"error: {error}")
+    report = collate(arguments.directory, arguments.output)
     for split, found in report["splits"].items():
         print(f"{split}: {found['videos']} videos, {found['captions']} captions")
         _print_names("videos missing", found["missing_videos"])
@@ -173,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

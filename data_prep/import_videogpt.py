@@ -1,4 +1,4 @@
-"""A VQ-VAE of VideoGPT -> a folder that serves wherever a VQ-VAE is named.
+"""A VQ-VAE of VideoGPT -> a folder that serves wherever a tokenizer is named.
 
     python data_prep/import_videogpt.py -i vqvae.ckpt -o vqvae
 
@@ -6,21 +6,21 @@ Reads the checkpoints of https://github.com/wilson1yan/VideoGPT (PyTorch's file 
 PyTorch; no code in them is run). Running it again changes nothing.
 """
 
-import argparse
-import sys
-from pathlib import Path
+import dataclasses
 
 import jax
+from etils import epath
 from flax import nnx
 
+from opensora_jax import cli
 from opensora_jax.convert import videogpt
 from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer, save_tokenizer
 from opensora_jax.models.vqvae import VQVAE
 
 
 def import_videogpt(
-    checkpoint: str | Path,
-    output: str | Path,
+    checkpoint: epath.PathLike,
+    output: epath.PathLike,
     downsample: tuple[int, int, int] | None = None,
     n_frames: int | None = None,
 ) -> tuple[VQVAE, bool]:
@@ -36,22 +36,20 @@ def import_videogpt(
             f"n_frames={model.n_frames}: expected a multiple of the downsampling in time, "
             f"{model.downsample[0]}"
         )
-    if Path(output).is_file():
+    if epath.Path(output).is_file():
         raise ValueError(f"{output}: a file, expected a folder or nothing")
     try:
         known = load_tokenizer(output)
     except FileNotFoundError:
         save_tokenizer(output, model)
         return model, True
-    if known.arguments != model.arguments or fingerprint(known) != fingerprint(model):
+    if known.config != model.config or fingerprint(known) != fingerprint(model):
         raise ValueError(f"{output}: holds another model than {checkpoint}: choose another folder")
     return model, False
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument
     add("-i", "--checkpoint", required=True, help="VideoGPT's .ckpt, or a bare state_dict")
     add("-o", "--output", required=True, help="folder for the imported model")
@@ -68,14 +66,9 @@ def main() -> None:
         help="frames of the clips it was trained on (default: as the checkpoint says, or 16)",
     )
     args = parser.parse_args()
-    try:
-        model, is_new = import_videogpt(
-            args.checkpoint, args.output, args.downsample, args.n_frames
-        )
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    model, is_new = import_videogpt(args.checkpoint, args.output, args.downsample, args.n_frames)
     n_parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    for name, value in model.arguments.items():
+    for name, value in dataclasses.asdict(model.config).items():
         print(f"{name}: {value}")
     print(f"parameters: {n_parameters:,}")
     print(f"fingerprint: {fingerprint(model)}")
@@ -83,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

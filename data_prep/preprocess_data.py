@@ -7,19 +7,12 @@ The captions file is a JSON list (or one object per line) of
 Each caption becomes a row. Run the same command again to go on after an interruption.
 """
 
-import argparse
-import sys
-
-from opensora_jax import runtime
-from opensora_jax.data.captions import CaptionsError
-from opensora_jax.data.dataset import DatasetError
-from opensora_jax.stages.preprocess import PreprocessError, preprocess
+from opensora_jax import cli, runtime
+from opensora_jax.stages.preprocess import preprocess
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     add = parser.add_argument
     add("-c", "--captions", required=True, help="captions file, .json or .jsonl")
     add("-v", "--videos", required=True, help="folder that the file names are relative to")
@@ -27,18 +20,17 @@ def main() -> None:
     add(
         "--vqvae",
         required=True,
-        help="VQ-VAE: the folder of the stage vqvae, an imported one, or a VideoGPT .ckpt",
+        help="tokenizer: the folder of the stage vqvae, an imported one, or a VideoGPT .ckpt",
     )
     add(
         "--text_model",
         default="openai/clip-vit-base-patch32",
-        help="CLIP: a name on the Hugging Face hub or a folder (default: %(default)s)",
+        help="CLIP: a name on the Hugging Face hub or a folder",
     )
     add(
         "--resolution",
         type=int,
         nargs="+",
-        default=[128],
         metavar="PIXELS",
         help="height and width, or one number for both: videos are resized to cover this, then "
         "cropped to it (default: 128)",
@@ -48,7 +40,7 @@ def main() -> None:
         "--max_frames",
         type=int,
         default=600,
-        help="leave out videos with more frames than this (default: %(default)s)",
+        help="leave out videos with more frames than this",
     )
     add(
         "--n_frames",
@@ -58,27 +50,24 @@ def main() -> None:
     add(
         "--window",
         type=int,
-        help="frames that are encoded together (default: the length the VQ-VAE was trained on)",
+        help="frames that are encoded together (default: the length the tokenizer was trained on)",
     )
-    add("--batch_size", type=int, default=8, help="windows at a time (default: %(default)s)")
+    add("--batch_size", type=int, default=8, help="windows at a time")
     add(
         "--videos_per_part",
         type=int,
         default=64,
-        help="videos between points to go on from after an interruption (default: %(default)s)",
+        help="videos between points to go on from after an interruption",
     )
     arguments = vars(parser.parse_args())
-    if len(arguments["resolution"]) > 2:
-        parser.error(f"--resolution {arguments['resolution']}: expected one or two numbers")
-    # One number stands for both sides.
-    arguments["resolution"] = (arguments["resolution"] * 2)[:2]
+    resolution = arguments["resolution"] or [128]
+    if len(resolution) > 2:
+        parser.error(f"--resolution {resolution}: expected one or two numbers")
+    arguments["resolution"] = (resolution * 2)[:2]  # one number stands for both sides
     paths = [arguments.pop(name) for name in ("captions", "videos", "output")]
     runtime.keep_compiled_programs()
-    try:
-        preprocess(*paths, **arguments)
-    except (CaptionsError, DatasetError, PreprocessError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    preprocess(*paths, **arguments)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -8,11 +8,10 @@ Needs no data, and of the dependencies only jax, flax, optax and ml_collections.
 import dataclasses
 import itertools
 import statistics
-import sys
 import time
+from collections.abc import Sequence
 
 import jax
-from absl import app, flags
 from ml_collections import ConfigDict
 
 from opensora_jax import cli, hardware, rngs, runtime
@@ -25,8 +24,6 @@ from opensora_jax.train import step as step_lib
 
 # Steps before the clock starts: the first ones allocate.
 WARMUP_STEPS = 2
-
-_STEPS = flags.DEFINE_integer("steps", 10, "Steps to time.", lower_bound=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Bench:
         self._facts = {
             "device_kind": jax.devices()[0].device_kind,
             "n_devices": mesh.size,
-            "n_parameters": flops.dit_parameters(training.dit),
+            "n_parameters": flops.dit_parameters(training.task.config),
             "batch_size": config.dit.batch_size,
             "tokens": synthetic.n_tokens(config),
             "flops": training.throughput.flops_per_step,
@@ -135,23 +132,19 @@ def table(m: Measurement) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = cli.CONFIG.value
-    try:
-        runtime.start()
-        jax.config.update("jax_enable_compilation_cache", False)  # how long it takes is measured
-        config.stages = ("dit",)  # others cannot run on several processes
-        config_lib.check(config)
-        measured = Bench(config).measure(_STEPS.value)
-        if jax.process_index() == 0:
-            print(table(measured))
-    except cli.USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.parser(__doc__, prog="python -m opensora_jax.bench")
+    parser.add_argument("--steps", type=cli.number(int, 1), default=10, help="steps to time")
+    args, config = cli.parse_with_config(parser, argv)
+    runtime.start()
+    jax.config.update("jax_enable_compilation_cache", False)  # how long it takes is measured
+    config.stages = ("dit",)  # others cannot run on several processes
+    config_lib.check(config)
+    measured = Bench(config).measure(args.steps)
+    if jax.process_index() == 0:
+        print(table(measured))
 
 
 if __name__ == "__main__":
     runtime.use_huge_pages()
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=cli.parse_flags)
+    cli.run(main)

@@ -21,7 +21,8 @@ def write_text(path: epath.PathLike, text: str) -> None:
     path = epath.Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with _naming(path):
-        temporary.write_bytes(text.encode())
+        # A file name need not be text: what UTF-8 lacks is written as \udc80, JSON's way as well.
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
         temporary.replace(path)
 
 
@@ -30,20 +31,21 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: epath.PathLike) -> dict[str, Any]:
-    """The object that a JSON file holds.
+def read_json(path: epath.PathLike, kind: type = dict) -> Any:
+    """What a JSON file holds: an object or, where `kind` is `list`, an array.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not JSON, or something other than an object; the message names the file.
+      ValueError: not JSON, or something other than `kind`; the message names the file.
     """
     path = epath.Path(path)
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {short(str(error))}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}: expected an object")
+    if not isinstance(value, kind):
+        expected = {dict: "an object", list: "an array"}[kind]
+        raise ValueError(f"{path}: holds a {type(value).__name__}: expected {expected}")
     return value
 
 
@@ -158,16 +160,32 @@ def fetch(folder: epath.PathLike, key: str) -> Path:
     version = hashlib.sha256(f"{folder}\n".encode() + (folder / key).read_bytes()).hexdigest()
     copy = cache() / "fetched" / version[:16]
     for path in walk(folder):
-        target = copy / path.relative_to(folder)
-        if target.exists():
-            continue
-        logger.info("copying %s to %s", path, target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Other processes of this machine may be at the same file.
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        path.copy(temporary, overwrite=True)
-        temporary.replace(target)
+        _copy(path, copy / path.relative_to(folder))
     return copy
+
+
+def fetch_file(path: epath.PathLike) -> Path:
+    """As `fetch`, of one file; versions are told apart by size and time."""
+    path = epath.Path(path)
+    if not is_remote(path):
+        return Path(path)
+    stat = path.stat()
+    version = hashlib.sha256(f"{path}\n{stat.length}\n{stat.mtime}".encode()).hexdigest()
+    copy = cache() / "fetched" / version[:16] / path.name
+    _copy(path, copy)
+    return copy
+
+
+def _copy(path: epath.Path, target: Path) -> None:
+    """Copies a file to this machine if it is not there yet."""
+    if target.exists():
+        return
+    logger.info("copying %s to %s", path, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Other processes of this machine may be at the same file.
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    path.copy(temporary, overwrite=True)
+    temporary.replace(target)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ halved here. GPUs of the same name but another form factor (H100 PCIe, H200 NVL)
 listed.
 """
 
-import dataclasses
 import re
 
 _PEAKS = {
@@ -29,28 +28,3 @@ def peak_flops(device_kind: str) -> float | None:
         if re.fullmatch(pattern, device_kind):
             return peak
     return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A TPU that programs are planned for."""
-
-    device_kind: str
-    hbm_bytes: int  # that the compiler lets a program have, a little less than there is
-    hbm_bandwidth: float  # bytes/s
-    # Of one link to a neighbor, one way, bytes/s: the page's Gbit/s of a chip over its ports.
-    link_bandwidth: float
-    ring: int  # along dimensions of multiples of this a slice's last chip is linked to the first
-
-    @property
-    def peak_flops(self) -> float:
-        return peak_flops(self.device_kind)
-
-
-_GIB = 2**30
-
-CHIPS = {
-    "v5e": Chip("TPU v5 lite", int(15.75 * _GIB), 819e9, 50e9, 16),
-    "v5p": Chip("TPU v5", int(95.74 * _GIB), 2765e9, 100e9, 4),
-    "v6e": Chip("TPU v6 lite", int(31.25 * _GIB), 1640e9, 100e9, 16),
-}

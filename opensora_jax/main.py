@@ -3,86 +3,73 @@
 python -m opensora_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
-import json
 import logging
+import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import jax
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from etils import epath
+from ml_collections import ConfigDict
 
 from opensora_jax import cli, files, runtime
 from opensora_jax import config as config_lib
 
 logger = logging.getLogger("opensora_jax.main")  # not __main__, which it runs as
 
-# What these read is not in the workdir, if the configuration says where it is.
-_REMOTE_STAGES = {"dit", "vqvae"}
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything is written; by default runs/ and the config's name."
-)
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    config = cli.CONFIG.value
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = files.absolute(_WORKDIR.value or Path("runs") / name)
-    try:
-        runtime.start()
-        config_lib.check(config)
-        run(config, workdir)
-    except (*cli.USER_ERRORS, ImportError) as error:  # object stores need packages of their own
-        logger.debug("stopped", exc_info=True)
-        sys.exit(f"error: {error}")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.parser(__doc__, prog="python -m opensora_jax.main")
+    parser.add_argument(
+        "--workdir", help="where everything is written (default: runs/ and the config's name)"
+    )
+    args, config = cli.parse_with_config(parser, argv)
+    workdir = files.absolute(args.workdir or Path("runs") / Path(args.config).stem)
+    runtime.start()
+    config_lib.check(config)
+    run(config, workdir)
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
-    """Runs every stage of `config.stages` in order; what is done is skipped by the stage."""
-    if files.is_remote(workdir) and not set(config.stages) <= _REMOTE_STAGES:
-        raise ValueError(
-            f"--workdir={workdir}: only {' and '.join(sorted(_REMOTE_STAGES))} can write to an "
-            f"object store, config.stages={config.stages}"
-        )
+def run(config: ConfigDict, workdir: epath.Path) -> None:
+    """Runs every stage of `config.stages` in order; what is done is skipped by the stage.
+
+    Raises:
+      ValueError, OSError: what a stage will read is not there, told before the first one runs; and
+        what the stages raise.
+    """
+    config_lib.check_inputs(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     runtime.expect_shared(workdir)
-    # After the configuration is known to be good: these imports take seconds.
-    from opensora_jax.stages import dit, fidelity, preprocess, report, shapes, vqvae
-
-    stages = {
-        "shapes": shapes.run,
-        "vqvae": vqvae.run,
-        "preprocess": preprocess.run,
-        "dit": dit.run,
-        "fidelity": fidelity.run,
-        "report": report.run,
-    }
     for stage in config.stages:
         logger.info("stage %s", stage)
         start = time.perf_counter()
-        stages[stage](config, workdir)
-        if jax.process_index() == 0:
-            _add_seconds(workdir, stage, time.perf_counter() - start)
+        try:
+            config_lib.STAGES[stage].run(config, workdir)
+        finally:  # stopped or failed, it took its time all the same
+            if jax.process_index() == 0:
+                _add_seconds(workdir, stage, time.perf_counter() - start)
     logger.info("all stages done: %s", workdir)
 
 
-def _add_seconds(workdir: Path, stage: str, seconds: float) -> None:
+def _add_seconds(workdir: epath.Path, stage: str, seconds: float) -> None:
     """Adds to what the stage took so far, in seconds.json and, when there is one, fidelity.json."""
     path, fidelity = workdir / "seconds.json", workdir / "fidelity.json"
-    total = json.loads(path.read_text()) if path.exists() else {}
+    total = files.read_json(path) if path.exists() else {}
     total[stage] = round(total.get(stage, 0.0) + seconds, 1)
-    written = {path: total}
+    files.write_json(path, total)
     if fidelity.exists():
-        written[fidelity] = json.loads(fidelity.read_text()) | {"seconds": total}
-    for path, value in written.items():
-        files.write_json(path, value)
+        files.write_json(fidelity, files.read_json(fidelity) | {"seconds": total})
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Ends the program, as an error does, where no training listens for the signal."""
+    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":
     runtime.use_huge_pages()
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=cli.parse_flags)
+    signal.signal(signal.SIGTERM, _stop)
+    cli.run(main)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-PyTree = Any
+PyTree = Any  # nested containers of arrays
 MeshAxes = tuple[str, ...]
 
 AXES = ("data", "fsdp", "context", "tensor")

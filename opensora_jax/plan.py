@@ -10,20 +10,17 @@ compiler (pip install -e '.[tpu]').
 import collections
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from absl import app, flags
 from ml_collections import ConfigDict
 
 from opensora_jax import cli
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.models.dit import REMAT_POLICIES
+from opensora_jax.planning import chips
 from opensora_jax.planning import compile as aot
-
-_TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:4x4, v5p:4x4x8, v6e:16x16, ...")
-_SWEEP = flags.DEFINE_boolean("sweep", False, "Tries mesh shapes and remat policies; minutes each.")
 
 
 def report(plan: aot.Plan) -> str:
@@ -104,7 +101,7 @@ def candidates(config: ConfigDict, n: int) -> Iterator[ConfigDict]:
             yield candidate
 
 
-def sweep(config: ConfigDict, where: aot.Slice) -> str:
+def sweep(config: ConfigDict, where: chips.Slice) -> str:
     """A table of the candidates that fit, the fastest first."""
     fitting, too_large = [], set()
     for candidate in candidates(config, len(where.devices)):
@@ -137,20 +134,16 @@ def sweep(config: ConfigDict, where: aot.Slice) -> str:
     return "\n".join(lines if fitting else ["Nothing fits."])
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.parser(__doc__, prog="python -m opensora_jax.plan")
+    add = parser.add_argument
+    add("--topology", required=True, help="the slice: v5e:4x4, v5p:4x4x8, v6e:16x16, ...")
+    add("--sweep", action="store_true", help="try mesh shapes and remat policies; minutes each")
+    args, config = cli.parse_with_config(parser, argv)
     jax.config.update("jax_platforms", "cpu")  # to plan takes no accelerator, and leaves them alone
-    try:
-        where = aot.tpu_slice(_TOPOLOGY.value)
-        if _SWEEP.value:
-            print(sweep(cli.CONFIG.value, where))
-        else:
-            print(report(aot.make(cli.CONFIG.value, where)))
-    except (*cli.USER_ERRORS, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    where = chips.tpu_slice(args.topology)
+    print(sweep(config, where) if args.sweep else report(aot.make(config, where)))
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main, flags_parser=cli.parse_flags)
+    cli.run(main)

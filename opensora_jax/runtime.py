@@ -41,6 +41,10 @@ def use_huge_pages() -> None:
 
 def start() -> None:
     """Joins the other processes, if there are any, sets up logs, and keeps compiled programs."""
+    logging.basicConfig(
+        format="%(levelname).1s%(asctime)s %(filename)s:%(lineno)d] %(message)s",
+        datefmt="%m%d %H:%M:%S",
+    )
     # Ours speak, in one process; Orbax and JAX only when something is wrong.
     absl_logging.set_verbosity(absl_logging.WARNING)
     if n_processes() > 1:

@@ -2,98 +2,161 @@
 
     python -m opensora_jax.sample --workdir=runs/quickstart \\
         --prompt "a blue square moves up" --output out.mp4
+
+Draws videos for prompts with the averaged weights of a trained DiT.
 """
 
 import argparse
-import sys
-from pathlib import Path
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from opensora_jax import cli, files
+
+# Those of configs/default.py, for models whose checkpoints say nothing of `config.sample`.
+DEFAULTS = {"steps": 50, "guidance": 4.0, "ancestral": False}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    prompts = list(args.prompt)
-    if args.prompts_file:
-        lines = Path(args.prompts_file).read_text().splitlines()
-        prompts += [line.strip() for line in lines if line.strip()]
+    prompts = (args.prompt or []) + _read_prompts(args.prompts_file)
     if not prompts:
-        raise SystemExit("--prompt: expected at least one prompt, here or in --prompts_file")
-    outputs = _outputs(Path(args.output), len(prompts))
+        raise ValueError("--prompt: expected at least one, here or in --prompts_file")
+    outputs = _outputs(epath.Path(args.output), len(prompts))
 
     # After the arguments are known to be good: these imports take seconds.
     import jax
-    from etils import epath
 
     from opensora_jax import runtime
     from opensora_jax.data import video_io
     from opensora_jax.inference.generator import Generator
 
     runtime.keep_compiled_programs()
-    folder = epath.Path(args.workdir) / "dit"
+    folder = _dit_folder(files.absolute(args.workdir))
     generator = Generator.load(folder)
-    grid = generator.latent_grid(args.frames, args.height, args.width)
     videos = generator.sample(
         prompts,
         params=generator.restore(folder, best=args.best),
-        steps=args.steps,
-        guidance=args.guidance,
-        ancestral=args.ancestral,
+        **_settings(args, folder),
         seed=args.seed,
-        grid=grid,
+        grid=generator.latent_grid(args.frames, args.height, args.width),
         batch_size=args.batch_size,
     )
     for output, prompt, video in zip(outputs, prompts, videos, strict=True):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        video_io.write_video(output, video, args.fps or generator.fps)
+        with files.local(output) as path:
+            video_io.write_video(path, video, args.fps or generator.fps)
         print(f"{output}: {prompt}")
     print(f"{len(videos)} video(s) of shape {videos.shape[1:]} on {jax.devices()[0].platform}")
 
 
-def _outputs(output: Path, n: int) -> list[Path]:
-    """One file, or for several prompts name-00.mp4, name-01.mp4, ..."""
+def _read_prompts(path: str | None) -> list[str]:
+    """One a line; blank lines are none."""
+    if path is None:
+        return []
+    try:
+        text = epath.Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompts_file={path}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _outputs(output: epath.Path, n: int) -> list[epath.Path]:
+    """One file, or for several prompts name-00.mp4, name-01.mp4, ...; their folder is there.
+
+    Raises:
+      ValueError: another suffix.
+      OSError: the files cannot be written.
+    """
     if output.suffix not in (".mp4", ".gif"):
-        raise SystemExit(f"--output={output}: expected a name that ends in .mp4 or .gif")
-    if n == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}-{i:02d}{output.suffix}") for i in range(n)]
+        raise ValueError(f"--output={output}: expected a name that ends in .mp4 or .gif")
+    outputs = [output]
+    if n > 1:
+        outputs = [output.with_name(f"{output.stem}-{i:02d}{output.suffix}") for i in range(n)]
+    for path in outputs:
+        if path.is_dir():
+            raise IsADirectoryError(f"--output={path}: a folder, expected the name of a file")
+    if not files.is_remote(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Whether they can be written: like this one, videos have a longer name at first.
+        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{outputs[-1].name}."):
+            pass
+    return outputs
+
+
+def _dit_folder(workdir: epath.Path) -> epath.Path:
+    """Where the DiT lies.
+
+    Raises:
+      FileNotFoundError: not in this workdir.
+      ValueError: what lies there is something else.
+    """
+    from opensora_jax.checkpoint import manager as checkpoint
+
+    folder = workdir / "dit"
+    if (folder / checkpoint.MODEL_FILE).exists():
+        if "dit" not in checkpoint.read_model(folder):
+            raise ValueError(f"{folder}: holds another model than a DiT")
+        return folder
+    if not workdir.exists():
+        raise FileNotFoundError(f"--workdir={workdir}: no such folder")
+    if workdir.name == "dit" and (workdir / checkpoint.MODEL_FILE).exists():
+        raise FileNotFoundError(f"--workdir={workdir}: did you mean {workdir.parent}?")
+    raise FileNotFoundError(f"--workdir={workdir}: no DiT was trained here")
+
+
+def _settings(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
+    """Those of `DEFAULTS`: as given, or else as the DiT in `folder` was trained with."""
+    from opensora_jax.checkpoint import manager as checkpoint
+
+    trained = {**DEFAULTS, **checkpoint.read_config(folder).get("sample", {})}
+    given = {name: getattr(args, name) for name in DEFAULTS}
+    return {name: trained[name] if value is None else value for name, value in given.items()}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m opensora_jax.sample",
-        description="Draws videos for prompts with the averaged weights of a trained DiT.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = cli.parser(__doc__, prog="python -m opensora_jax.sample")
     add = parser.add_argument
     add("--workdir", required=True, help="the workdir that the DiT was trained in")
-    add("--prompt", action="append", default=[], help="what to show; may be given several times")
+    add("--prompt", action="append", help="what to show; may be given several times")
     add("--prompts_file", help="a text file with one prompt a line")
     add("--output", default="out.mp4", help=".mp4 or .gif; several prompts are numbered")
     add("--best", action="store_true", help="weights of the lowest validation loss, not the last")
-    add("--steps", type=_positive(int), default=30, help="steps from noise to video")
-    add("--guidance", type=_positive(float), default=4.0, help="guidance scale; 1 is off")
-    add("--ancestral", action="store_true", help="draw noise in each step; of ddpm models only")
-    add("--seed", type=int, default=1, help="of the noise; the same seed gives the same bytes")
-    add("--frames", type=_positive(int), help="frames of a video [as in training]")
-    add("--height", type=_positive(int), help="pixels [as in training]")
-    add("--width", type=_positive(int), help="pixels [as in training]")
-    add("--fps", type=_positive(float), help="frames a second [as in training]")
-    add("--batch_size", type=_positive(int), default=16, help="videos drawn at once")
+    add(
+        "--steps",
+        type=cli.number(int, 1),
+        help=f"steps from noise to video {_trained('steps')}",
+    )
+    add(
+        "--guidance",
+        type=cli.number(float, 0.01, 1000),
+        help=f"guidance scale; 1 is off {_trained('guidance')}",
+    )
+    add(
+        "--ancestral",
+        action=argparse.BooleanOptionalAction,
+        help=f"draw noise in each step; of ddpm models only {_trained('ancestral')}",
+    )
+    seed_help = "of the noise; the same seed gives the same bytes"
+    add("--seed", type=cli.number(int, 0, 2**32 - 1), default=1, help=seed_help)
+    add("--frames", type=cli.number(int, 1), help="frames of a video (default: as in training)")
+    add("--height", type=cli.number(int, 1), help="pixels (default: as in training)")
+    add("--width", type=cli.number(int, 1), help="pixels (default: as in training)")
+    add(
+        "--fps",
+        type=cli.number(float, 0.01, 1000),
+        help="frames a second (default: as in training)",
+    )
+    add("--batch_size", type=cli.number(int, 1), default=16, help="videos drawn at once")
     return parser
 
 
-def _positive(kind):
-    def parse(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
+def _trained(name: str) -> str:
+    return f"(default: the training's sample.{name}, or {DEFAULTS[name]} if unknown)"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

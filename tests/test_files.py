@@ -1,34 +1,8 @@
 """Files in an object store, here one in memory."""
 
-import fsspec
 import pytest
-from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from opensora_jax import files
-
-
-class Store(MemoryFileSystem):
-    """gs:// paths in memory."""
-
-    protocol = ("gs", "gcs")
-    store, pseudo_dirs, cachable = {}, [""], False
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("gs://").strip("/")
-
-
-@pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    monkeypatch.setattr(Store, "store", {})
-    monkeypatch.setattr(Store, "pseudo_dirs", ["", "/bucket"])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    epath.backend.fsspec_backend._get_filesystem.cache_clear()
-    fsspec.register_implementation("gcs", Store, clobber=True)
-    yield epath.Path("gs://bucket")
-    fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
-    epath.backend.fsspec_backend._get_filesystem.cache_clear()
 
 
 def test_files_are_written_whole_and_grow(bucket):
@@ -61,3 +35,19 @@ def test_a_folder_is_copied_once_and_again_when_it_is_another_one(bucket, tmp_pa
     assert (files.fetch(folder, "key") / "part" / "rows").read_bytes() == b"xyz"
     with pytest.raises(FileNotFoundError, match="nothing/key"):
         files.fetch(bucket / "nothing", "key")
+
+
+def test_a_file_is_copied_once_and_again_when_it_is_another_one(bucket, tmp_path):
+    (tmp_path / "vqvae.ckpt").touch()
+    assert files.fetch_file(str(tmp_path / "vqvae.ckpt")) == tmp_path / "vqvae.ckpt"
+    path = bucket / "vqvae.ckpt"
+    path.write_bytes(b"abc")
+    copy = files.fetch_file(str(path))
+    assert (copy.name, copy.read_bytes()) == ("vqvae.ckpt", b"abc")
+    before = copy.stat()
+    assert files.fetch_file(path) == copy
+    assert copy.stat() == before
+    path.write_bytes(b"abcd")
+    assert files.fetch_file(path).read_bytes() == b"abcd"
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        files.fetch_file(bucket / "nothing")

@@ -1,4 +1,4 @@
-"""The whole main job at a tiny size, killed for real in each long stage, and sampling from it."""
+"""All stages of the shipped quickstart at toy size, also stopped and killed for real in each."""
 
 import json
 import os
@@ -9,46 +9,66 @@ import time
 from pathlib import Path
 
 import pytest
+from etils import epath
+
+from configs import quickstart
+from opensora_jax import files, main
+from opensora_jax.config import STAGES
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
-TINY = """
-    shapes.n_videos=48 shapes.n_held_out=8
-    vqvae.n_codes=16 vqvae.n_hiddens=8 vqvae.n_res_layers=0 vqvae.steps=60 vqvae.log_every=5
-    vqvae.eval_every=30 vqvae.checkpoint_every=5
-    preprocess.videos_per_part=4 preprocess.batch_size=4
-    dit.depth=1 dit.width=16 dit.heads=1 dit.unroll=1 dit.batch_size=8 dit.steps=60 dit.log_every=5
-    dit.eval_every=30 dit.checkpoint_every=5 dit.validation_share=0.2
-    sample.steps=2 fidelity.n_samples=48
+TOY = """
+    vqvae.n_codes=16 vqvae.n_hiddens=8 vqvae.n_res_layers=0
+    dit.depth=1 dit.width=16 dit.heads=1 dit.unroll=1 dit.batch_size=8 dit.validation_share=0.2
+    sample.steps=2
+"""
+# Two steps of each training: what takes the time is to compile.
+SHORT = """
+    shapes.n_videos=24 shapes.n_held_out=4 preprocess.batch_size=8
+    vqvae.steps=2 vqvae.log_every=1 vqvae.checkpoint_every=1
+    dit.steps=2 dit.log_every=1 dit.checkpoint_every=1
+    fidelity.n_samples=8 fidelity.batch_size=4
+"""
+# Long enough to be killed in.
+LONG = """
+    shapes.n_videos=48 shapes.n_held_out=8 preprocess.videos_per_part=4 preprocess.batch_size=4
+    vqvae.steps=60 vqvae.log_every=5 vqvae.eval_every=30 vqvae.checkpoint_every=5
+    dit.steps=60 dit.log_every=5 dit.eval_every=30 dit.checkpoint_every=5
+    fidelity.n_samples=48
 """
 
 
-def environment():
+def environment(**variables):
     """One device: the eight of the suite would only make this slower."""
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **variables}
 
 
-def command(workdir):
+def command(workdir, overrides=TOY + LONG):
     return [
         *(sys.executable, "-m", "opensora_jax.main"),
         *("--config=configs/quickstart.py", f"--workdir={workdir}"),
-        *(f"--config.{override}" for override in TINY.split()),
+        *(f"--config.{override}" for override in overrides.split()),
     ]
 
 
-def run_to_the_end(workdir):
+def run_to_the_end(workdir, overrides=TOY + LONG, **variables):
     done = subprocess.run(
-        command(workdir), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500
+        command(workdir, overrides),
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
-def run_and_kill(workdir, appears):
-    """Starts the job and ends it with SIGKILL as soon as a file `appears`."""
+def run_and_stop(workdir, appears, number=signal.SIGKILL, overrides=TOY + LONG):
+    """Starts the job and sends it a signal as soon as a file `appears`; returns its exit status."""
     process = subprocess.Popen(
-        command(workdir),
+        command(workdir, overrides),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -60,9 +80,21 @@ def run_and_kill(workdir, appears):
         assert process.poll() is None, f"ended before {appears}: {process.stderr.read()[-3000:]}"
         assert time.monotonic() < deadline, f"no {appears}"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=100)
+    assert "Traceback" not in errors
+    return process.returncode
+
+
+def written(workdir):
+    """When each file of the stages, but the report, was written."""
+    parts = ("shapes", "vqvae", "text_model", "dataset", "dit")
+    paths = [path for part in parts for path in (workdir / part).rglob("*") if path.is_file()]
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+def seconds(workdir):
+    return json.loads((workdir / "seconds.json").read_text())
 
 
 def logged_steps(workdir, stage):
@@ -86,21 +118,77 @@ def sample(workdir, output, *more, expect=0):
     return done.stderr
 
 
+# --------------------------------------------------------------------------------- in a minute
+
+
+def test_all_stages_of_quickstart_and_once_more(tmp_path):
+    compile_fast = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    run_to_the_end(tmp_path, TOY + SHORT, **compile_fast)
+    assert len(list((tmp_path / "shapes" / "train" / "videos").glob("*.mp4"))) == 24
+    for stage in ("vqvae", "dit"):
+        assert logged_steps(tmp_path, stage) == [1, 2]
+        assert (tmp_path / stage / "checkpoints" / "2").is_dir()
+    assert json.loads((tmp_path / "vqvae/reconstruction.json").read_text())["step"] == 2
+    metadata = json.loads((tmp_path / "dataset/metadata.json").read_text())
+    assert metadata["complete"]
+    assert metadata["n_rows"] == 24 * 3
+    prompts = json.loads((tmp_path / "dit/samples/step000002/prompts.json").read_text())
+    assert prompts[0]["prompt"] == "a red circle moves to the left"
+    assert all((tmp_path / "dit/samples/step000002" / p["file"]).stat().st_size for p in prompts)
+    fidelity = json.loads((tmp_path / "fidelity.json").read_text())
+    assert fidelity["n_samples"] == {"seen": 6, "held_out": 2}
+    assert set(fidelity["seconds"]) == set(STAGES)
+    assert "<video" in (tmp_path / "report.html").read_text()
+
+    before = written(tmp_path)
+    output = run_to_the_end(tmp_path, TOY + SHORT, **compile_fast)
+    assert output.count("done already") == 6  # the two splits of shapes, and four stages
+    assert written(tmp_path) == before
+
+
+def test_time_until_sigterm_counts(tmp_path):
+    overrides = "stages=shapes shapes.n_videos=100000"
+    status = run_and_stop(tmp_path, "shapes/train/videos/video9.mp4", signal.SIGTERM, overrides)
+    assert status == 128 + signal.SIGTERM
+    first = seconds(tmp_path)["shapes"]
+    assert first > 0
+    run_and_stop(tmp_path, "shapes/train/videos/video99.mp4", signal.SIGTERM, overrides)
+    assert seconds(tmp_path)["shapes"] > first
+
+
+def test_time_until_an_error_counts(tmp_path):
+    files.write_json(tmp_path / "seconds.json", {"shapes": 100.0})
+    (tmp_path / "shapes" / "train").mkdir(parents=True)
+    files.write_json(tmp_path / "shapes" / "train" / "params.json", {"n_videos": 1})
+    c = quickstart.get_config()
+    c.stages = ("shapes",)
+    with pytest.raises(ValueError, match="made with other settings"):
+        main.run(c, epath.Path(tmp_path))
+    assert seconds(tmp_path)["shapes"] >= 100.0
+
+
+# -------------------------------------------------------------------- stopped and killed: minutes
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A workdir whose job was killed in each long stage, and then ran to the end."""
     workdir = tmp_path_factory.mktemp("quickstart")
-    run_and_kill(workdir, "vqvae/checkpoints/5")
+    assert run_and_stop(workdir, "vqvae/checkpoints/5") == -signal.SIGKILL
     assert not (workdir / "vqvae/done.json").exists()
-    run_and_kill(workdir, "dataset/part-00001.json")
+    assert run_and_stop(workdir, "dataset/part-00001.json") == -signal.SIGKILL
     assert (workdir / "vqvae/done.json").exists()
     assert not json.loads((workdir / "dataset/metadata.json").read_text())["complete"]
-    run_and_kill(workdir, "dit/checkpoints/5")
+    assert run_and_stop(workdir, "dit/checkpoints/5") == -signal.SIGKILL
     assert not (workdir / "dit/done.json").exists()
+    assert "dit" not in seconds(workdir)
+    assert run_and_stop(workdir, "dit/checkpoints/15", signal.SIGTERM) == 0
+    assert seconds(workdir)["dit"] > 0
     run_to_the_end(workdir)
     return workdir
 
 
+@slow
 def test_killed_in_every_stage_and_run_again_everything_is_there(workdir):
     for stage in ("vqvae", "dit"):
         assert logged_steps(workdir, stage) == list(range(5, 65, 5))
@@ -120,18 +208,7 @@ def test_killed_in_every_stage_and_run_again_everything_is_there(workdir):
     assert "<video" in (workdir / "report.html").read_text()
 
 
-def test_run_once_more_every_stage_is_skipped(workdir):
-    before = {
-        path: path.stat().st_mtime_ns
-        for part in ("shapes", "vqvae", "dataset", "dit", "text_model")
-        for path in (workdir / part).rglob("*")
-        if path.is_file()
-    }
-    output = run_to_the_end(workdir)
-    assert output.count("done already") >= 5  # shapes twice, vqvae, preprocess, dit, fidelity
-    assert before == {path: path.stat().st_mtime_ns for path in before}
-
-
+@slow
 def test_another_model_in_the_same_workdir_is_refused(workdir):
     done = subprocess.run(
         [*command(workdir), "--config.vqvae.n_codes=32"],
@@ -146,6 +223,7 @@ def test_another_model_in_the_same_workdir_is_refused(workdir):
     assert "Traceback" not in done.stderr
 
 
+@slow
 def test_samples_depend_on_the_seed_alone(workdir, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         sample(workdir, tmp_path / f"{name}.mp4", f"--seed={seed}")
@@ -155,6 +233,7 @@ def test_samples_depend_on_the_seed_alone(workdir, tmp_path):
     sample(workdir, tmp_path / "best.mp4", "--best")
 
 
+@slow
 def test_other_sizes_and_gifs(workdir, tmp_path):
     sample(workdir, tmp_path / "out.gif", "--frames=12", "--height=48", "--fps=4")
     from opensora_jax.data import video_io

@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opensora_jax import mesh as mesh_lib
-from opensora_jax.models.dit import TEXT_MODES, DiT
-from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.models.dit import TEXT_MODES, DiT, DiTConfig
+from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
 
 
 def sizes(**given):
@@ -19,19 +19,16 @@ def sizes(**given):
 
 
 def models(width=32):
+    dit = DiTConfig(
+        depth=2, width=width, heads=2, channels=4, out_channels=4, patch=2, text_width=8
+    )
     for text_mode in TEXT_MODES:
-        yield nnx.eval_shape(
-            lambda text_mode=text_mode: DiT(
-                depth=2, width=width, heads=2, channels=4, out_channels=4, patch=2, text_width=8,
-                text_mode=text_mode, rngs=nnx.Rngs(0),
-            )
-        )  # fmt: skip
-    yield nnx.eval_shape(
-        lambda: VQVAE(
-            n_codes=8, embedding_dim=4, n_hiddens=width, n_res_layers=1, downsample=(2, 2, 2),
-            rngs=nnx.Rngs(0),
-        )
-    )  # fmt: skip
+        config = dataclasses.replace(dit, text_mode=text_mode)
+        yield nnx.eval_shape(lambda config=config: DiT(config, rngs=nnx.Rngs(0)))
+    vqvae = VQVAEConfig(
+        n_codes=8, embedding_dim=4, n_hiddens=width, n_res_layers=1, downsample=(2, 2, 2)
+    )
+    yield nnx.eval_shape(lambda: VQVAE(vqvae, rngs=nnx.Rngs(0)))
 
 
 def param_shardings(model, **given):

@@ -12,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from opensora_jax import sample
+from opensora_jax.config import STAGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -67,10 +68,15 @@ def test_the_two_commands_come_first():
     ]
 
 
+def test_the_slow_tests_are_said_to_be_left_out():
+    beginning = README[: README.index("## What you get")]
+    assert "`python -m pytest -m slow`" in beginning
+
+
 def test_every_command_is_known():
     for words in COMMANDS:
         match words:
-            case ["pip", "install", "-e", *_] | ["python", "-m", "pytest"]:
+            case ["pip", "install", "-e", *_] | ["python", "-m", "pytest", *_]:
                 pass
             case ["python", "-m", module, *_]:
                 assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
@@ -136,7 +142,7 @@ def test_fields_named_in_the_text_exist():
 def test_every_configuration_and_stage_is_in_a_table():
     for path in ROOT.glob("configs/*.py"):
         assert f"| `configs/{path.name}` |" in README
-    for stage in config("configs/quickstart.py").stages:
+    for stage in STAGES:
         assert f"| `{stage}` |" in README
 
 

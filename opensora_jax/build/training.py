@@ -1,91 +1,42 @@
-"""What the training stages share: from the configuration to models, optimizers and shares."""
+"""Trainings as a configuration describes them: tasks, optimizers, settings, shares of batches."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from opensora_jax import files, hardware
 from opensora_jax import mesh as mesh_lib
-from opensora_jax.diffusion.objectives import OBJECTIVES
-from opensora_jax.models import dit, flops
-from opensora_jax.models.dit import DiT
-from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.build import networks
+from opensora_jax.diffusion import objectives
+from opensora_jax.models import flops
 from opensora_jax.tasks.dit import DiTTask, Latents
+from opensora_jax.tasks.vqvae import VQVAETask
 from opensora_jax.train import optim
 from opensora_jax.train.settings import LoopSettings, StepSettings, Throughput
 
 
-def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype that `name` says; "auto" is bfloat16 but for CPUs, which only emulate it."""
-    if name == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return jnp.dtype(name)
-
-
-def vqvae_maker(c: ConfigDict) -> Callable[[nnx.Rngs], VQVAE]:
-    """The constructor of the VQ-VAE that `config.vqvae` describes."""
-
-    def make(rngs: nnx.Rngs) -> VQVAE:
-        return VQVAE(
-            n_codes=c.n_codes,
-            embedding_dim=c.embedding_dim,
-            n_hiddens=c.n_hiddens,
-            n_res_layers=c.n_res_layers,
-            downsample=tuple(c.downsample),
-            normalize_latents=c.normalize_latents,
-            n_frames=c.n_frames,
-            rngs=rngs,
-            dtype=compute_dtype(c.dtype),
-        )
-
-    return make
-
-
-def dit_arguments(
-    c: ConfigDict, *, channels: int, out_channels: int, text_width: int
-) -> dict[str, Any]:
-    """The arguments of the DiT that `config.dit` describes, for JSON."""
-    depth, width, heads = dit.SIZES[c.size] if c.size else (c.depth, c.width, c.heads)
-    return {
-        "depth": depth,
-        "width": width,
-        "heads": heads,
-        "channels": channels,
-        "out_channels": out_channels,
-        "patch": c.patch,
-        "text_width": text_width,
-        "text_mode": c.text_mode,
-    }
-
-
-def dit_maker(
-    arguments: dict[str, Any],
-    *,
-    dtype: str,
-    attention: str = "auto",
-    remat: str = "none",
-    unroll: int = 1,
-) -> Callable[[nnx.Rngs], DiT]:
-    """The constructor of a DiT with the `arguments` of `dit_arguments`."""
-    how = {"attention": attention, "remat": remat, "unroll": unroll}
-    return lambda rngs: DiT(**arguments, **how, dtype=compute_dtype(dtype), rngs=rngs)
+def vqvae_task(c: ConfigDict) -> VQVAETask:
+    """The task of `config.vqvae`."""
+    return VQVAETask(
+        networks.vqvae_config(c),
+        dtype=networks.compute_dtype(c.dtype),
+        quantize_between=(int(c.quantize_from * c.steps), int(c.quantize_to * c.steps)),
+    )
 
 
 def optimizer(c: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of `config.vqvae` or `config.dit`, and its learning rates."""
     schedule = optim.schedule(c.learning_rate, c.warmup_steps, c.steps)
     tx = optim.make(
-        c.optimizer,
+        c.get("optimizer", "adamw"),  # the VQ-VAE's: it has no stacked blocks
         schedule,
         b1=c.b1,
         b2=c.b2,
@@ -119,9 +70,9 @@ def throughput(tokens_per_step: int, flops_per_step: float = 0.0) -> Throughput:
     return Throughput(tokens_per_step, flops_per_step, peak_flops)
 
 
-def recorded(config: ConfigDict, part: str) -> dict[str, Any]:
-    """What checkpoints of `part`, vqvae or dit, say of the configuration, for JSON."""
-    chosen = {name: config[name] for name in ("seed", "mesh", "data", part)}
+def recorded(config: ConfigDict, *parts: str) -> dict[str, Any]:
+    """What checkpoints say of the configuration, for JSON: of everything shared, and of `parts`."""
+    chosen = {name: config[name] for name in ("seed", "mesh", "data", *parts)}
     return json.loads(ConfigDict(chosen).to_json())
 
 
@@ -129,7 +80,6 @@ def recorded(config: ConfigDict, part: str) -> dict[str, Any]:
 class DiTTraining:
     """The training of a DiT, without its data."""
 
-    dit: dict[str, Any]  # arguments of the model, for JSON
     task: DiTTask
     tx: optax.GradientTransformation
     schedule: optax.Schedule
@@ -158,8 +108,12 @@ def dit_training(
     grid: tuple[int, int, int],
     text_length: int,
     text_width: int,
+    platform: str | None = None,
 ) -> DiTTraining:
     """What `config` makes of latents of this (T, H, W) `grid` and texts of these sizes.
+
+    Args:
+      platform: cpu, gpu or tpu, that it is to run on; None: what this process runs on.
 
     Raises:
       ValueError: where the patch does not divide the grid.
@@ -169,26 +123,24 @@ def dit_training(
         raise ValueError(
             f"dit.patch={c.patch}: expected a divisor of the latents' {grid[1]}x{grid[2]}"
         )
-    objective = OBJECTIVES[c.objective](c)
-    arguments = dit_arguments(
+    objective = objectives.from_fields(c)
+    dit = networks.dit_config(
         c,
         channels=latents.channels,
         out_channels=objective.outputs * latents.channels,
         text_width=text_width,
     )
     task = DiTTask(
-        dit_maker(arguments, dtype=c.dtype, attention=c.attention, remat=c.remat, unroll=c.unroll),
+        dit,
         latents,
+        objective,
+        execution=networks.execution(c, dit, platform),
         caption_dropout=c.caption_dropout,
-        objective=objective,
     )
     tx, schedule = optimizer(c)
     tokens = c.batch_size * math.prod(grid) // c.patch**2
-    n_flops = flops.dit_step_flops(
-        arguments, grid=grid, text_length=text_length, batch_size=c.batch_size
-    )
+    n_flops = flops.dit_step_flops(dit, grid=grid, text_length=text_length, batch_size=c.batch_size)
     return DiTTraining(
-        dit=arguments,
         task=task,
         tx=tx,
         schedule=schedule,
@@ -198,7 +150,7 @@ def dit_training(
 
 
 def local_share(mesh: Mesh, batch_size: int) -> dict[str, Any]:
-    """Batches and this process's places in them, as arguments of the pipelines."""
+    """Batches and this process's examples of them, as arguments of the pipelines."""
     return {"batch_size": batch_size, "indices": mesh_lib.local_batch_indices(mesh, batch_size)}
 
 

@@ -225,6 +225,26 @@ def restore_items(
     return _restore(folder, step, like, None)[0]
 
 
+def latest_step(folder: epath.PathLike, *, name: str = FOLDER) -> int:
+    """The step of the checkpoint that `restore_items` reads.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    folder = files.absolute(folder) / name
+    step = _last_whole(folder)
+    if step is None:
+        raise FileNotFoundError(f"{folder}: no checkpoint")
+    return step
+
+
+def read_config(folder: epath.PathLike) -> dict[str, Any]:
+    """What the last checkpoint in `folder` says of the configuration; empty where there is none."""
+    folder = files.absolute(folder) / FOLDER
+    step = _last_whole(folder, parts=(_ABOUT,), may_start_over=True)
+    return {} if step is None else _restore(folder, step, {}, None)[1]["run"]["config"]
+
+
 def broadcast_from_first(value: int) -> int:
     """Process 0's value, in every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

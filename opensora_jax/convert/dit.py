@@ -8,15 +8,16 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from opensora_jax.convert import table, torch_file
-from opensora_jax.models.dit import SIZES, DiT
+from opensora_jax.files import short
+from opensora_jax.models.dit import SIZES, DiT, DiTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,28 +45,27 @@ TABLE: list[table.Row] = [
 UNUSED = r"(pos_embed|x_embedder|y_embedder|final_layer)(\..*)?"
 
 
-def open_blocks(path: str | Path, make: Callable[[nnx.Rngs], DiT]) -> Callable[[], dict[str, Any]]:
+def open_blocks(path: epath.PathLike, config: DiTConfig) -> Callable[[], dict[str, Any]]:
     """Checks that a checkpoint of facebookresearch/DiT fits a DiT, reading names and shapes only.
 
     Args:
-        path: a bare state_dict, as published, or a checkpoint of their train.py, whose averaged
-            weights ("ema") are taken.
-        make: constructor of the DiT; only its shapes are evaluated.
+      path: a bare state_dict, as published, or a checkpoint of their train.py, whose averaged
+        weights ("ema") are taken.
+      config: of the DiT.
 
     Returns:
-        A function that reads the weights: a part of the DiT's tree of parameters, nested dicts
-        with numpy arrays. It logs what is in it and what is not.
+      A function that reads the weights: a part of the DiT's tree of parameters, nested dicts
+      with numpy arrays. It logs what is in it and what is not.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a checkpoint; another depth, width or number of heads; a missing,
-            unexpected or misshapen weight.
+      FileNotFoundError: no such file.
+      ValueError: not such a checkpoint; another depth, width or number of heads; a missing,
+        unexpected or misshapen weight.
     """
     tensors = _state_dict(torch_file.load(path), path)
-    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
     params = flax.traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep=".")
-    depth, width = params["blocks.modulation.kernel"].shape[:2]
-    _check_size(tensors, depth, width, model.heads, path)
+    _check_size(tensors, config, path)
     origins = table.match(params, tensors, TABLE, source=str(path), ignored=UNUSED)
 
     def load() -> dict[str, Any]:
@@ -80,7 +80,7 @@ def open_blocks(path: str | Path, make: Callable[[nnx.Rngs], DiT]) -> Callable[[
     return load
 
 
-def _state_dict(checkpoint: Any, path: str | Path) -> dict[str, np.ndarray]:
+def _state_dict(checkpoint: Any, path: epath.PathLike) -> dict[str, np.ndarray]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint")
     wholes = [checkpoint[key] for key in ("ema", "model", "state_dict") if key in checkpoint]
@@ -90,24 +90,26 @@ def _state_dict(checkpoint: Any, path: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: no matrix {first}; expected a DiT of facebookresearch/DiT")
     for name, x in tensors.items():
         if not isinstance(name, str) or not isinstance(x, np.ndarray):
-            raise ValueError(f"{path}: {name} is a {type(x).__name__}, expected only tensors")
+            raise ValueError(
+                f"{path}: {short(name)} is a {type(x).__name__}, expected only tensors"
+            )
     return tensors
 
 
-def _check_size(
-    tensors: dict[str, np.ndarray], depth: int, width: int, heads: int, path: str | Path
-) -> None:
+def _check_size(tensors: dict[str, np.ndarray], config: DiTConfig, path: epath.PathLike) -> None:
     """Raises where the sizes differ; heads show in no shape, but go with each published size."""
     blocks = {match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     theirs = (len(blocks), tensors["blocks.0.attn.qkv.weight"].shape[-1])
-    if theirs != (depth, width):
+    if theirs != (config.depth, config.width):
         raise ValueError(
             f"{path}: a DiT of depth {theirs[0]} and width {theirs[1]}, "
-            f"expected depth {depth} and width {width} as the configuration says"
+            f"expected depth {config.depth} and width {config.width} as the configuration says"
         )
     for size in SIZES.values():
-        if size[:2] == theirs and size[2] != heads:
-            raise ValueError(f"{path}: a DiT of {size[2]} heads, the configuration says {heads}")
+        if size[:2] == theirs and size[2] != config.heads:
+            raise ValueError(
+                f"{path}: a DiT of {size[2]} heads, the configuration says {config.heads}"
+            )
 
 
 def _summary(arrays: dict[str, Any]) -> str:

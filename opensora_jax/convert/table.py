@@ -15,8 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from opensora_jax.files import short
+
 Row = tuple[str, str, tuple[int, ...] | None]
 Model = TypeVar("Model", bound=nnx.Module)
+
+_MOST_PROBLEMS = 5  # that an error names
 
 
 def fill(
@@ -30,14 +34,14 @@ def fill(
     """The module that `make` constructs, holding `tensors`.
 
     Args:
-        make: constructor without arguments; only its shapes are evaluated.
-        tensors: arrays by their name, cast to the dtype of the parameter they fill.
-        table: one row for every parameter, see the top of this file.
-        source: the file or folder that errors name.
-        ignored: regular expression of the names that have no place in the module.
+      make: constructor without arguments; only its shapes are evaluated.
+      tensors: arrays by their name, cast to the dtype of the parameter they fill.
+      table: one row for every parameter, see the top of this file.
+      source: the file or folder that errors name.
+      ignored: regular expression of the names that have no place in the module.
 
     Raises:
-        ValueError: names every missing, unexpected and misshapen weight.
+      ValueError: names the first of the missing, misshapen and unexpected weights.
     """
     graph, abstract = nnx.split(nnx.eval_shape(make))
     variables = {".".join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(abstract)}
@@ -79,21 +83,28 @@ def match(
     """The origin of each parameter that `table` has a row for.
 
     Args:
-        params: what has a shape and a dtype, by our path.
+      params: what has a shape and a dtype, by our path.
 
     The other arguments, and the error, are those of `fill`.
     """
     origins = {path: _origin(path, param.shape, table) for path, param in params.items()}
     origins = {path: origin for path, origin in origins.items() if origin is not None}
     expected = {name: origin.shape for origin in origins.values() for name in origin.names}
-    problems = [_problem(name, tensors, shape) for name, shape in expected.items()]
+    problems = [
+        problem
+        for name, shape in expected.items()
+        if (problem := _problem(name, tensors, shape)) is not None
+    ]
     problems += [
-        f"unexpected {name}"
+        f"unexpected {short(name)}"
         for name in tensors
         if name not in expected and not re.fullmatch(ignored, name)
     ]
-    if any(problems):
-        raise ValueError(f"{source}: the weights do not fit: " + "; ".join(filter(None, problems)))
+    if problems:
+        shown = problems[:_MOST_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown):,} more")
+        raise ValueError(f"{source}: the weights do not fit: {'; '.join(shown)}")
     return origins
 
 
@@ -122,7 +133,8 @@ def _origin(path: str, shape: tuple[int, ...], table: Sequence[Row]) -> Origin |
 
 def _problem(name: str, tensors: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> str | None:
     if name not in tensors:
-        return f"missing {name} {shape}"
+        return f"missing {short(name)} {shape}"
     if tensors[name].shape != shape:
-        return f"{name} has shape {tensors[name].shape}, expected {shape}"
+        found = short(tensors[name].shape)
+        return f"{short(name)} has shape {found}, expected {shape}"
     return None

@@ -18,9 +18,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
+from opensora_jax import files
 from opensora_jax.convert import unpickle
 from opensora_jax.convert.unpickle import Global, TorchFileError
+from opensora_jax.files import short
 
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -70,32 +73,32 @@ MAX_EXPANDED = 2**24  # elements of an expanded tensor, which repeats those of i
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-def load(path: str | Path) -> Any:
+def load(path: epath.PathLike) -> Any:
     """What was saved: nested containers with numpy arrays as leaves.
 
     Args:
-        path: a .pt, .pth, .bin or .ckpt file of PyTorch 1.6 or later, or a .safetensors file; told
-            apart by content.
+      path: a .pt, .pth, .bin or .ckpt file of PyTorch 1.6 or later, or a .safetensors file; told
+        apart by content.
 
     Returns:
-        The saved object: dictionaries, lists, tuples, sets and plain values as themselves, tensors
-        as arrays (mostly read-only and memory-mapped; bfloat16 of ml_dtypes), an object of any
-        other class as an `unpickle.Placeholder`. A safetensors file gives one flat dictionary.
+      The saved object: dictionaries, lists, tuples, sets and plain values as themselves, tensors
+      as arrays (mostly read-only and memory-mapped; bfloat16 of ml_dtypes), an object of any
+      other class as an `unpickle.Placeholder`. A safetensors file gives one flat dictionary.
 
     Raises:
-        FileNotFoundError: no such file.
-        TorchFileError: not such a file, an older format, truncated, corrupt, or a pickle that
-            would call something; the message names the file and the reason.
+      FileNotFoundError: no such file.
+      TorchFileError: not such a file, an older format, truncated, corrupt, or a pickle that
+        would call something; the message names the file and the reason.
     """
-    path = Path(path)
+    local = files.fetch_file(path)
     try:
-        with path.open("rb") as file:
+        with local.open("rb") as file:
             start = file.read(len(LEGACY_MAGIC))
         if not start:
             raise TorchFileError("the file is empty")
-        data = np.memmap(path, np.uint8, mode="r")
+        data = np.memmap(local, np.uint8, mode="r")
         if start.startswith(b"PK"):
-            return _load_zip(path, data)
+            return _load_zip(local, data)
         if start == LEGACY_MAGIC:
             raise TorchFileError(
                 "the format of PyTorch before 1.6; save it again with a newer PyTorch: "
@@ -124,13 +127,15 @@ def _load_safetensors(data: np.ndarray) -> dict[str, np.ndarray]:
         try:
             start, end = entry["data_offsets"]
             if not 0 <= start <= end <= len(body):
-                raise TorchFileError(f"{name}: bytes {start}-{end} of {len(body)}; truncated?")
+                where = f"bytes {short(start)}-{short(end)} of {len(body)}"
+                raise TorchFileError(f"{short(name)}: {where}; truncated?")
             dtype = SAFETENSORS_DTYPES[entry["dtype"]]
             tensors[name] = body[start:end].view(dtype).reshape(entry["shape"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, TorchFileError):
                 raise
-            raise TorchFileError(f"{name}: malformed entry of the header ({error})") from error
+            reason = short(str(error))
+            raise TorchFileError(f"{short(name)}: malformed header ({reason})") from error
     return tensors
 
 
@@ -142,9 +147,9 @@ def _load_zip(path: Path, data: np.ndarray) -> Any:
         raise
     # What zipfile raises for corrupt bytes, and RuntimeError for features it does not know.
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError) as error:
-        raise TorchFileError(f"corrupt or truncated zip file ({error})") from error
+        raise TorchFileError(f"corrupt or truncated zip file ({short(str(error))})") from error
     except (RuntimeError, ValueError, OverflowError) as error:
-        raise TorchFileError(f"unreadable zip file ({error})") from error
+        raise TorchFileError(f"unreadable zip file ({short(str(error))})") from error
 
 
 @dataclass(frozen=True)
@@ -186,21 +191,22 @@ class _Archive:
         """The bytes of a member, in place where they are stored uncompressed."""
         info = self.members.get(self.folder + name)
         if info is None:
-            raise TorchFileError(f"no {self.folder}{name} in the file")
+            raise TorchFileError(f"no {short(self.folder + name)} in the file")
+        shown = short(info.filename)
         if info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1:
             header = self.data[info.header_offset : info.header_offset + 30].tobytes()
             if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
-                raise TorchFileError(f"{info.filename}: not where the zip file says")
+                raise TorchFileError(f"{shown}: not where the zip file says")
             start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
             member = self.data[start : start + info.file_size]
             if len(member) != info.file_size:
-                raise TorchFileError(f"{info.filename}: ends after the file; truncated?")
+                raise TorchFileError(f"{shown}: ends after the file; truncated?")
             return member
         if info.compress_type != zipfile.ZIP_DEFLATED:
-            raise TorchFileError(f"{info.filename}: encrypted, or compressed in an unknown way")
+            raise TorchFileError(f"{shown}: encrypted, or compressed in an unknown way")
         if info.file_size > MAX_INFLATION * max(info.compress_size, 1000):
             raise TorchFileError(
-                f"{info.filename}: {info.compress_size} bytes would inflate to {info.file_size}"
+                f"{shown}: {info.compress_size} bytes would inflate to {info.file_size}"
             )
         return np.frombuffer(self.archive.read(info), np.uint8)
 
@@ -212,20 +218,20 @@ class _Archive:
             case _:
                 raise TorchFileError("malformed pickle: a persistent id that is no storage")
         if type_name not in STORAGE_DTYPES:
-            raise TorchFileError(f"unknown type of storage: {type_name}")
+            raise TorchFileError(f"unknown type of storage: {short(type_name)}")
         dtype = STORAGE_DTYPES[type_name]
         if key not in self.storages:
             self.storages[key] = self.read(f"data/{key}")
         n_bytes = n_elements * (1 if dtype is None else np.dtype(dtype).itemsize)
         if not 0 <= n_bytes <= len(self.storages[key]):
             raise TorchFileError(
-                f"storage {key}: {len(self.storages[key])} bytes where {n_bytes} are expected"
+                f"storage {short(key)}: {len(self.storages[key])} bytes, expected {short(n_bytes)}"
             )
         return _Storage(self.storages[key][:n_bytes], dtype)
 
     def tensor_v3(self, storage, offset, size, stride, grad, hooks, dtype: Global, *_):
         if dtype.name not in TENSOR_DTYPES:
-            raise TorchFileError(f"unknown type of tensor: {dtype.name}")
+            raise TorchFileError(f"unknown type of tensor: {short(dtype.name)}")
         storage = _Storage(storage.data, TENSOR_DTYPES[dtype.name])
         return self.tensor(storage, offset, size, stride)
 
@@ -242,9 +248,11 @@ class _Archive:
             return np.zeros(size, dtype)
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         if last >= n_elements:
-            raise TorchFileError(f"a tensor reaches element {last} of a storage of {n_elements}")
+            raise TorchFileError(f"a tensor reaches element {short(last)} of {n_elements}")
         if count > max(n_elements, MAX_EXPANDED):
-            raise TorchFileError(f"a tensor of {count} elements in a storage of {n_elements}")
+            raise TorchFileError(
+                f"a tensor of {short(count)} elements in a storage of {n_elements}"
+            )
         data = storage.data
         if self.is_big_endian:
             part = dtype.itemsize // (2 if dtype.kind == "c" else 1)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any
 
+from opensora_jax.files import short
+
 
 class TorchFileError(ValueError):
     """A file of tensors that cannot be read, or that we refuse to read."""
@@ -28,11 +30,11 @@ class Placeholder:
     """An object of a class that is never imported, with all that the pickle says of it.
 
     Attributes:
-        name: `module.name` of its class.
-        args: arguments of its constructor.
-        state: what it would restore itself from, mostly a dictionary of its attributes.
-        items: what it holds, for a subclass of list or set.
-        entries: what it holds, for a subclass of dict.
+      name: `module.name` of its class.
+      args: arguments of its constructor.
+      state: what it would restore itself from, mostly a dictionary of its attributes.
+      items: what it holds, for a subclass of list or set.
+      entries: what it holds, for a subclass of dict.
     """
 
     def __init__(self, name: str, args: Any):
@@ -68,12 +70,12 @@ def unpickle(data: bytes, calls: dict[str, Callable], persistent_load: Callable[
     """The object that the pickle `data`, of any protocol, describes.
 
     Args:
-        data: the pickle.
-        calls: `module.name` -> our function for it; with `CALLS` the only ones that are called.
-        persistent_load: our function for a persistent id (PyTorch's: a storage).
+      data: the pickle.
+      calls: `module.name` -> our function for it; with `CALLS` the only ones that are called.
+      persistent_load: our function for a persistent id (PyTorch's: a storage).
 
     Raises:
-        TorchFileError: malformed, or a call of anything else, which the message names.
+      TorchFileError: malformed, or a call of anything else, which the message names.
     """
     machine = _Machine({**CALLS, **calls}, persistent_load)
     try:
@@ -86,7 +88,8 @@ def unpickle(data: bytes, calls: dict[str, Callable], persistent_load: Callable[
     except TorchFileError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise TorchFileError(f"malformed pickle ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {short(str(error))}"
+        raise TorchFileError(f"malformed pickle ({reason})") from error
     raise TorchFileError("malformed pickle: it has no end")
 
 
@@ -142,7 +145,7 @@ class _Machine:
         function, args = self.pop_many(2)
         name = _plain(function, Global).name
         if name not in self.calls:
-            raise TorchFileError(f"pickle: refuses to call {name}")
+            raise TorchFileError(f"pickle: refuses to call {short(name)}")
         self.push(self.calls[name](*_plain(args, tuple)))
 
     def build(self) -> None:
@@ -203,7 +206,8 @@ def _push(machine: _Machine, argument: Any) -> None:
 
 # What each opcode does, given the machine and the argument that stands in the pickle.
 _OPCODES: dict[str, Callable[[_Machine, Any], Any]] = {
-    **dict.fromkeys(["INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"], _push),
+    # No LONG4: all numbers are short enough to be told in an error.
+    **dict.fromkeys(["INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1"], _push),
     **dict.fromkeys(["FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING"], _push),
     **dict.fromkeys(["UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"], _push),
     **dict.fromkeys(["BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"], _push),

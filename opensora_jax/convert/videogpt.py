@@ -1,16 +1,18 @@
 """VideoGPT's VQ-VAE checkpoints (https://github.com/wilson1yan/VideoGPT) to `models.vqvae`."""
 
 import re
-from pathlib import Path
+import reprlib
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from opensora_jax.convert import table, torch_file
 from opensora_jax.convert.unpickle import Placeholder
-from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.files import short
+from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
 
 CONV = (2, 3, 4, 1, 0)  # (out, in, T, H, W) to (T, H, W, in, out)
 CONV_TRANSPOSE = (2, 3, 4, 0, 1)  # (in, out, T, H, W) to (T, H, W, in, out)
@@ -74,7 +76,7 @@ def name_table(depth: int) -> list[table.Row]:
 
 
 def load_videogpt(
-    path: str | Path,
+    path: epath.PathLike,
     *,
     downsample: tuple[int, int, int] | None = None,
     n_frames: int | None = None,
@@ -85,20 +87,20 @@ def load_videogpt(
     All other sizes follow from the shapes of the weights.
 
     Args:
-        path: the file, of any kind that `torch_file.load` reads.
-        downsample: (T, H, W) factors; the checkpoint's own by default. A bare state_dict does not
-            say them.
-        n_frames: length of the videos it was trained on; the checkpoint's own by default, 16 where
-            it says none.
-        dtype: compute dtype.
+      path: the file, of any kind that `torch_file.load` reads.
+      downsample: (T, H, W) factors; the checkpoint's own by default. A bare state_dict does not
+        say them.
+      n_frames: length of the videos it was trained on; the checkpoint's own by default, 16 where
+        it says none.
+      dtype: compute dtype.
 
     Returns:
-        The model in evaluation mode.
+      The model in evaluation mode.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a checkpoint; a missing, unexpected or misshapen weight; unknown or
-            impossible `downsample`.
+      FileNotFoundError: no such file.
+      ValueError: not such a checkpoint; a missing, unexpected or misshapen weight; unknown or
+        impossible `downsample`.
     """
     checkpoint = torch_file.load(path)
     tensors, hyper_parameters = _contents(checkpoint, path)
@@ -116,20 +118,16 @@ def load_videogpt(
     levels = len({name.split(".")[2] for name in tensors if name.startswith("encoder.convs.")})
     _check_downsample(downsample, levels, path)
 
-    def make():
-        return VQVAE(
-            n_codes=n_codes,
-            embedding_dim=embedding_dim,
-            n_hiddens=n_hiddens,
-            n_res_layers=n_res_layers,
-            downsample=downsample,
-            n_frames=n_frames or hyper_parameters.get("sequence_length") or 16,
-            rngs=nnx.Rngs(0),
-            dtype=dtype,
-        )
-
+    config = VQVAEConfig(
+        n_codes=n_codes,
+        embedding_dim=embedding_dim,
+        n_hiddens=n_hiddens,
+        n_res_layers=n_res_layers,
+        downsample=downsample,
+        n_frames=n_frames or hyper_parameters.get("sequence_length") or 16,
+    )
     model = table.fill(
-        make,
+        lambda: VQVAE(config, rngs=nnx.Rngs(0), dtype=dtype),
         # Its codes were learned: training on from here must not draw them again.
         {**tensors, "is_initialized": np.array(True)},
         name_table(n_res_layers),
@@ -140,7 +138,9 @@ def load_videogpt(
     return model
 
 
-def _contents(checkpoint: Any, path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _contents(
+    checkpoint: Any, path: epath.PathLike
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(state_dict, hyper-parameters), the latter empty for a bare state_dict."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds a {type(checkpoint).__name__}, expected a checkpoint")
@@ -149,10 +149,16 @@ def _contents(checkpoint: Any, path: str | Path) -> tuple[dict[str, np.ndarray],
         raise ValueError(f"{path}: no codebook.embeddings; expected a VQ-VAE of VideoGPT")
     for name, x in tensors.items():
         if not isinstance(name, str) or not isinstance(x, np.ndarray):
-            raise ValueError(f"{path}: {name} is a {type(x).__name__}, expected only tensors")
+            raise ValueError(
+                f"{path}: {short(name)} is a {type(x).__name__}, expected only tensors"
+            )
     # Older Lightning writes hparams; either holds the values, or one Namespace of them as args.
     hyper_parameters = _attributes(checkpoint.get("hyper_parameters", checkpoint.get("hparams")))
-    return tensors, {**hyper_parameters, **_attributes(hyper_parameters.get("args"))}
+    hyper_parameters = {**hyper_parameters, **_attributes(hyper_parameters.get("args"))}
+    n_frames = hyper_parameters.get("sequence_length")
+    if n_frames is not None and (type(n_frames) is not int or n_frames < 1):
+        raise ValueError(f"{path}: sequence_length={_shown(n_frames)}, expected a positive number")
+    return tensors, hyper_parameters
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -162,23 +168,30 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 
 def _shape(
-    tensors: dict[str, np.ndarray], name: str, n_axes: int, path: str | Path
+    tensors: dict[str, np.ndarray], name: str, n_axes: int, path: epath.PathLike
 ) -> tuple[int, ...]:
     if name not in tensors:
         raise ValueError(f"{path}: missing {name}; expected a VQ-VAE of VideoGPT")
     shape = np.shape(tensors[name])
     if len(shape) != n_axes:
-        raise ValueError(f"{path}: {name} has shape {shape}, expected {n_axes} axes")
+        raise ValueError(f"{path}: {name} has shape {short(shape)}, expected {n_axes} axes")
     return shape
 
 
-def _check_downsample(downsample: Any, levels: int, path: str | Path) -> None:
+def _shown(value: Any) -> str:
+    """A value of a pickle, where a few bytes can make one of any size and depth."""
+    return reprlib.repr(value)[:80]
+
+
+def _check_downsample(downsample: Any, levels: int, path: epath.PathLike) -> None:
     """An encoder has as many strided convolutions as its largest factor has doublings."""
     is_valid = isinstance(downsample, tuple | list) and len(downsample) == 3
     if not is_valid or not all(type(n) is int and n > 0 for n in downsample):
-        raise ValueError(f"{path}: downsample={downsample!r}, expected three numbers (T, H, W)")
+        raise ValueError(
+            f"{path}: downsample={_shown(downsample)}, expected three numbers (T, H, W)"
+        )
     if max(downsample) != 2**levels:
         raise ValueError(
-            f"{path}: downsample={tuple(downsample)}, expected {2**levels} as its largest factor: "
-            f"the encoder has {levels} strided convolutions"
+            f"{path}: downsample={_shown(tuple(downsample))}, expected 2**{levels} as its largest "
+            f"factor: the encoder has {levels} strided convolutions"
         )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from opensora_jax.files import short
+
 _IS_KIND = {"integer": pa.types.is_integer, "floating": pa.types.is_floating}
 
 
@@ -60,7 +62,7 @@ def from_nested_list(array: pa.Array, rank: int, kind: str) -> Column:
       ColumnError: another type or rank, a null, or a row that is ragged or empty.
     """
     expected = f"expected {rank} nested lists of {kind} numbers"
-    found = array.type
+    found = f"type {short(str(array.type))}"
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     offsets = []
@@ -72,10 +74,10 @@ def from_nested_list(array: pa.Array, rank: int, kind: str) -> Column:
         elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
             offsets.append(array.offsets.to_numpy())
         else:
-            raise ColumnError(f"type {found}: {expected}")
+            raise ColumnError(f"{found}: {expected}")
         array = array.values
     if array.null_count or not _IS_KIND[kind](array.type):
-        raise ColumnError(f"type {found}, {array.null_count} values are null: {expected}")
+        raise ColumnError(f"{found}, {array.null_count} values are null: {expected}")
     return Column(array.to_numpy(), *_row_shapes(offsets))
 
 

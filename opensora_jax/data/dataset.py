@@ -1,4 +1,4 @@
-"""The Arrow dataset of VQ codes and text features that a DiT is trained on.
+"""The Arrow dataset of VQ codes and text features that a DiT is trained on, and reading it.
 
 A folder with
   part-00000, part-00001, ...  each a Hugging Face dataset (`datasets.load_from_disk` reads it) of
@@ -18,17 +18,19 @@ nested Python lists, dozens of times slower.
 """
 
 import bisect
+import math
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from etils import epath
 
 from opensora_jax import files
 from opensora_jax.data import arrow
+from opensora_jax.files import short
 
 CODES, TEXT = "video_latent_states", "text_latent_states"
 
@@ -45,131 +47,30 @@ def _is_name(value):
     return isinstance(value, str) and value != ""
 
 
+def _is_file_name(value):
+    return _is_name(value) and len(value) <= 255 and Path(value).name == value
+
+
 # What metadata.json must hold: key -> (test, meaning).
 REQUIRED_KEYS = {
-    "codebook": (_is_name, "file name of the (n_codes, dim) array, such as codebook.npy"),
+    "codebook": (_is_file_name, "file name of the (n_codes, dim) array, such as codebook.npy"),
     "n_codes": (_is_count, "number of codes"),
     "downsample": (_are_counts(3), "the VQ-VAE's downsampling [t, h, w]"),
     "vqvae": (_is_name, "path of the VQ-VAE that decodes the codes"),
     "text_model": (_is_name, "name or folder of the text model"),
     "text_width": (_is_count, "width D of the text features"),
     "resolution": (_are_counts(2), "[height, width] of the videos in pixels"),
-    "fps": (lambda v: isinstance(v, int | float) and v > 0, "frames per second of the videos"),
+    "fps": (
+        lambda v: isinstance(v, int | float) and 0 < v < math.inf,
+        "frames per second of the videos",
+    ),
 }
+
+_LONGEST_COMMAND = 10_000  # characters of metadata.json's "command" that an error repeats
 
 
 class DatasetError(ValueError):
     """A dataset is not as expected; the message names the file or key, its value, and what was."""
-
-
-# ------------------------------------------------------------------------------------- writing
-
-
-def write_part(
-    folder: str | os.PathLike, index: int, rows: list[dict], n_codes: int, record: dict
-) -> None:
-    """Writes one part; an interruption leaves either the whole part or none.
-
-    Args:
-      index: the part's number; parts are read in order of their numbers.
-      rows: dicts of video_file, caption (str), fps (float), video_latent_states ((T, H, W) integers
-        in [0, n_codes)) and text_latent_states ((S, D) float). May be empty: then only the record
-        is written.
-      n_codes: size of the codebook; codes are stored in the smallest type that holds it.
-      record: what else is to be remembered of this part, as JSON.
-
-    Raises:
-      DatasetError: a code outside the codebook.
-    """
-    import datasets  # takes seconds to import, which those who only read need not wait for
-
-    folder = Path(folder)
-    part = _part(folder, index)
-    temporary = folder / f".{part.name}.tmp"
-    for leftover in (temporary, part):  # a part without its record is not whole
-        shutil.rmtree(leftover, ignore_errors=True)
-    if rows:
-        for row in rows:
-            _check_codes(row[CODES], n_codes, f"{part}: {row['video_file']}")
-        code_type = np.uint16 if n_codes <= 2**16 else np.int32
-        table = pa.table(
-            {
-                "video_file": [row["video_file"] for row in rows],
-                CODES: arrow.to_nested_list([row[CODES] for row in rows], code_type),
-                TEXT: arrow.to_nested_list([row[TEXT] for row in rows], np.float32),
-                "caption": [row["caption"] for row in rows],
-                "fps": pa.array([row["fps"] for row in rows], pa.float32()),
-            }
-        )
-        datasets.disable_progress_bars()  # one bar per part would tear up the caller's own
-        datasets.Dataset(table).save_to_disk(temporary)
-        os.replace(temporary, part)
-    files.write_json(_record(folder, index), record)
-
-
-def read_records(folder: str | os.PathLike) -> list[dict]:
-    """The records of the whole parts from part 0 on, up to the first that is missing."""
-    records = []
-    while (path := _record(Path(folder), len(records))).exists():
-        records.append(_read_json(path))
-    return records
-
-
-def write_metadata(folder: str | os.PathLike, metadata: dict) -> None:
-    """Writes metadata.json; until it holds `"complete": true` the dataset cannot be opened."""
-    files.write_json(Path(folder) / "metadata.json", metadata)
-
-
-def read_metadata(folder: str | os.PathLike) -> dict:
-    """What metadata.json holds, finished or not, unchecked."""
-    return _read_json(Path(folder) / "metadata.json")
-
-
-def finish_dataset(folder: str | os.PathLike, metadata: dict, codebook: np.ndarray) -> int:
-    """Writes codebook.npy, then metadata.json with what is counted over all rows.
-
-    Adds to `metadata`: codebook, n_codes, text_width, n_rows, code_counts (how often each code
-    occurs), latent_shape ([T, H, W], or None where rows differ), fps (the median of the rows) and
-    complete.
-
-    Returns:
-      The number of rows.
-
-    Raises:
-      DatasetError: no rows.
-    """
-    folder = Path(folder)
-    temporary = folder / ".codebook.tmp.npy"
-    np.save(temporary, np.asarray(codebook, np.float32))
-    os.replace(temporary, folder / "codebook.npy")
-    batches = list(_read_batches(folder))
-    if not batches:
-        raise DatasetError(f"{folder}: no rows")
-    shapes = np.concatenate([batch.codes.shapes for batch in batches])
-    fps = np.concatenate([batch.table.column("fps").to_numpy() for batch in batches])
-    counts = sum(_count(batch, len(codebook)) for batch in batches)
-    counted = {
-        "codebook": "codebook.npy",
-        "n_codes": len(codebook),
-        "text_width": int(batches[0].text.shapes[0, 1]),
-        "n_rows": len(shapes),
-        "latent_shape": shapes[0].tolist() if (shapes == shapes[0]).all() else None,
-        "fps": float(np.median(fps)),
-        "code_counts": counts.tolist(),
-    }
-    write_metadata(folder, {**metadata, **counted, "complete": True})
-    return len(shapes)
-
-
-def _part(folder, index):
-    return folder / f"part-{index:05d}"
-
-
-def _record(folder, index):
-    return folder / f"part-{index:05d}.json"
-
-
-# ------------------------------------------------------------------------------------- reading
 
 
 class LatentDataset:
@@ -206,7 +107,9 @@ class LatentDataset:
         """The value of another column, such as caption, in row `index`, as a Python value."""
         batch, i = self._find(index)
         if name not in batch.table.column_names:
-            raise DatasetError(f"{self.folder}: no column {name!r}: {batch.table.column_names}")
+            raise DatasetError(
+                f"{self.folder}: no column {name!r}: {short(batch.table.column_names)}"
+            )
         return batch.table.column(name)[i].as_py()
 
     def __repr__(self) -> str:
@@ -231,7 +134,7 @@ class LatentDataset:
         path, metadata = self.folder / "metadata.json", self.metadata
         if metadata.get("n_rows", len(self)) != len(self):
             raise DatasetError(
-                f"{path}: n_rows={metadata['n_rows']}, but the parts hold {len(self)}"
+                f"{path}: n_rows={short(metadata['n_rows'])}, but the parts hold {len(self)}"
             )
         width = metadata["text_width"]
         grid = [
@@ -241,17 +144,22 @@ class LatentDataset:
             for i in np.flatnonzero(batch.text.shapes[:, 1] != width)[:1]:
                 raise DatasetError(
                     f"{batch.path}: row {i}: {TEXT} is {batch.text.shapes[i, 1]} wide: "
-                    f"expected text_width={width} as in {path}"
+                    f"expected text_width={short(width)} as in {path}"
                 )
             for i in np.flatnonzero((batch.codes.shapes[:, 1:] != grid).any(axis=1))[:1]:
                 raise DatasetError(
                     f"{batch.path}: row {i}: {CODES} has shape {batch.codes.shapes[i].tolist()}: "
-                    f"expected [T, {grid[0]}, {grid[1]}], resolution {metadata['resolution']} over "
-                    f"downsample {metadata['downsample']} as in {path}"
+                    f"expected [T, {short(grid[0])}, {short(grid[1])}], resolution "
+                    f"{short(metadata['resolution'])} over downsample "
+                    f"{short(metadata['downsample'])} as in {path}"
                 )
         if "code_counts" not in metadata:
-            return sum(_count(batch, metadata["n_codes"]) for batch in self._batches)
-        counts = np.asarray(metadata["code_counts"], np.int64)
+            return sum(count_codes(batch, metadata["n_codes"]) for batch in self._batches)
+        try:
+            counts = np.asarray(metadata["code_counts"], np.int64)
+        except (ValueError, TypeError, OverflowError):
+            found = short(metadata["code_counts"])
+            raise DatasetError(f"{path}: code_counts={found}: expected a list of counts") from None
         n_values = int(self.latent_shapes.prod(axis=1).sum())
         if counts.shape != (metadata["n_codes"],) or counts.sum() != n_values:
             raise DatasetError(
@@ -259,6 +167,11 @@ class LatentDataset:
                 f"expected ({metadata['n_codes']},) and {n_values}, the codes in the parts"
             )
         return counts
+
+
+def read_metadata(folder: epath.PathLike) -> dict:
+    """What metadata.json holds, finished or not, unchecked."""
+    return read_json(epath.Path(folder) / "metadata.json")
 
 
 def open_dataset(folder: str | os.PathLike) -> LatentDataset:
@@ -271,23 +184,34 @@ def open_dataset(folder: str | os.PathLike) -> LatentDataset:
         codes outside the codebook, text features of another width, ragged rows, ...
     """
     folder = files.fetch(folder, "metadata.json")
-    path = folder / "metadata.json"
+    metadata = complete_metadata(folder)
+    codebook = _read_codebook(folder / metadata["codebook"], metadata["n_codes"])
+    batches = list(read_batches(folder))
+    if not batches:
+        raise DatasetError(f"{folder}: no rows: expected part-00000, ... or a save_to_disk folder")
+    return LatentDataset(folder, metadata, codebook, batches)
+
+
+def complete_metadata(folder: epath.PathLike) -> dict:
+    """What metadata.json holds, checked, without a look at the data.
+
+    Raises:
+      DatasetError: not finished, or a key is missing or not as expected.
+    """
+    path = epath.Path(folder) / "metadata.json"
     metadata = read_metadata(folder)
     # A plain folder of others is whole when it can be read; ours grows by parts.
-    if not metadata.get("complete", (folder / "state.json").exists()):
-        command = metadata.get("command", "the preprocessing command that began it")
+    if not metadata.get("complete", path.with_name("state.json").exists()):
+        command = str(metadata.get("command", "the preprocessing command that began it"))
+        command = command if len(command) < _LONGEST_COMMAND else short(command)
         raise DatasetError(
             f'{path}: no "complete": true: not finished. To finish it, run: {command}'
         )
     for key, (test, meaning) in REQUIRED_KEYS.items():
         if not test(metadata.get(key)):
-            found = f"{key}={metadata[key]!r}" if key in metadata else f"no key {key!r}"
+            found = f"{key}={short(metadata[key])}" if key in metadata else f"no key {key!r}"
             raise DatasetError(f"{path}: {found}: expected {meaning}")
-    codebook = _read_codebook(folder / metadata["codebook"], metadata["n_codes"])
-    batches = list(_read_batches(folder))
-    if not batches:
-        raise DatasetError(f"{folder}: no rows: expected part-00000, ... or a save_to_disk folder")
-    return LatentDataset(folder, metadata, codebook, batches)
+    return metadata
 
 
 @dataclass
@@ -303,44 +227,70 @@ class _Batch:
         return len(self.codes)
 
 
-def _read_batches(folder: Path) -> Iterator[_Batch]:
+def read_batches(folder: Path) -> Iterator[_Batch]:
+    """The rows of all parts, mapped into memory.
+
+    Raises:
+      DatasetError: a file is missing or damaged, or a column is, or of another kind.
+    """
     parts = [folder] if (folder / "state.json").exists() else sorted(folder.glob("part-?????"))
     for part in parts:
-        for entry in _read_json(part / "state.json")["_data_files"]:
-            path = part / entry["filename"]
+        for path in _data_files(part):
             try:
                 record_batches = (
                     pa.ipc.open_stream(pa.memory_map(str(path))).read_all().to_batches()
                 )
-            except (OSError, pa.ArrowInvalid) as error:
-                raise DatasetError(f"{path}: not a whole Arrow file: {error}") from None
+            except (OSError, ValueError) as error:
+                raise DatasetError(f"{path}: not a whole Arrow file: {short(str(error))}") from None
             for table in record_batches:
                 if len(table):
                     codes = _read_column(path, table, CODES, 3, "integer")
                     yield _Batch(path, table, codes, _read_column(path, table, TEXT, 2, "floating"))
 
 
+def _data_files(part: Path) -> list[Path]:
+    path = part / "state.json"
+    found = read_json(path).get("_data_files")
+    try:
+        names = [entry["filename"] for entry in found]
+    except (KeyError, TypeError):
+        names = [None]
+    if not all(map(_is_file_name, names)):
+        raise DatasetError(f"{path}: _data_files={short(found)}: expected a list of file names")
+    return [part / name for name in names]
+
+
 def _read_column(path, table, name, rank, kind) -> arrow.Column:
     where = f"{path}: column {name!r}"
     if name not in table.column_names:
-        raise DatasetError(f"{where} is missing: the columns are {table.column_names}")
+        raise DatasetError(f"{where} is missing: the columns are {short(table.column_names)}")
     try:
         return arrow.from_nested_list(table.column(name), rank, kind)
     except arrow.ColumnError as error:
         raise DatasetError(f"{where}: {error}") from None
 
 
-def _count(batch: _Batch, n_codes: int) -> np.ndarray:
+def count_codes(batch: _Batch, n_codes: int) -> np.ndarray:
+    """How often each code occurs, (n_codes,) int64.
+
+    Raises:
+      DatasetError: as `check_codes`.
+    """
     counts = np.zeros(n_codes, np.int64)
     codes = batch.codes.flat
     for start in range(0, len(codes), 2**20):  # in chunks: bincount widens them to 8 bytes
         chunk = codes[start : start + 2**20]
-        _check_codes(chunk, n_codes, batch.path)
+        check_codes(chunk, n_codes, batch.path)
         counts += np.bincount(chunk.astype(np.int64), minlength=n_codes)
     return counts
 
 
-def _check_codes(codes, n_codes, where):
+def check_codes(codes: np.ndarray, n_codes: int, where: str | Path) -> None:
+    """Sees that all codes are in the codebook.
+
+    Raises:
+      DatasetError: naming `where` they are found.
+    """
     low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= n_codes:
         raise DatasetError(f"{where}: {CODES} holds {low} to {high}: expected 0 to {n_codes - 1}")
@@ -349,16 +299,23 @@ def _check_codes(codes, n_codes, where):
 def _read_codebook(path, n_codes):
     try:
         codebook = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DatasetError(f"{path}: not a readable codebook: {error}") from None
-    if codebook.ndim != 2 or len(codebook) != n_codes or not np.isfinite(codebook).all():
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise DatasetError(f"{path}: not a readable codebook: {short(str(error))}") from None
+    is_table = codebook.dtype.kind in "fiu" and codebook.ndim == 2 and len(codebook) == n_codes
+    if not is_table or not np.isfinite(codebook).all():
         raise DatasetError(
-            f"{path}: shape {codebook.shape}: expected finite ({n_codes}, dim), n_codes={n_codes}"
+            f"{path}: {codebook.dtype} of shape {codebook.shape}: expected finite numbers of shape "
+            f"({short(n_codes)}, dim), n_codes={short(n_codes)}"
         )
     return codebook.astype(np.float32)
 
 
-def _read_json(path):
+def read_json(path: epath.PathLike) -> dict:
+    """`files.read_json` of a file that belongs to a dataset.
+
+    Raises:
+      DatasetError: no such file, or not an object in JSON.
+    """
     try:
         return files.read_json(path)
     except FileNotFoundError:

@@ -138,12 +138,12 @@ def write_dataset(
     """
     folder = Path(folder)
     n_phrasings = min(len(captions(*combination)) for combination in combinations)
+    video_io.check_fps(fps)
     for name, value, good, expected in (
         ("n_videos", n_videos, n_videos >= 1, "at least 1"),
         ("seed", seed, seed >= 0, "at least 0"),
         ("n_frames", n_frames, n_frames >= 2, "at least 2"),
         ("resolution", resolution, resolution >= 16 and resolution % 2 == 0, "16 or more, even"),
-        ("fps", fps, fps > 0, "more than 0"),
         ("n_captions", n_captions, 1 <= n_captions <= n_phrasings, f"1 to {n_phrasings}"),
     ):
         if not good:

@@ -15,10 +15,9 @@ import numpy as np
 
 from opensora_jax.data import video_io
 from opensora_jax.data.dataset import CODES, TEXT, LatentDataset
+from opensora_jax.data.video_file import VIDEO_SUFFIXES
 
 logger = logging.getLogger(__name__)
-
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
 
 # Decoded clips are kept up to this size: small folders are decoded once, not once an epoch.
 CACHE_BYTES = 2**30
@@ -32,14 +31,16 @@ def find_videos(folder: str | Path) -> list[Path]:
     """
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
     if not paths:
-        raise FileNotFoundError(f"{folder}: no video files ({', '.join(VIDEO_SUFFIXES)})")
+        raise FileNotFoundError(f"{folder}: no video files ({' '.join(VIDEO_SUFFIXES)})")
     return paths
 
 
 class ClipSource:
-    """Item i: uint8 (n_frames, H, W, 3) from a place in video i that a generator chooses, or None.
+    """Clips of `n_frames` frames, each cut at random from one of the videos at `paths`.
 
-    None stands for a video that cannot be read or is too short; it is named once in the log.
+    Args:
+      resolution: height and width in pixels that videos are resized and cropped to.
+      fps: frames per second that videos are resampled to; None keeps each video's own rate.
     """
 
     def __init__(
@@ -61,6 +62,10 @@ class ClipSource:
         return index
 
     def clip(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
+        """{"video": uint8 (n_frames, H, W, 3)} from where in the video `rng` chooses.
+
+        None for a video that cannot be read or is too short; it is named once in the log.
+        """
         if index in self._cache:
             return self._cut(self._cache[index], rng)
         video, reason = None, None
@@ -83,7 +88,7 @@ class ClipSource:
         video = video_io.read_video(path, resolution=self._resolution, fps=self._fps)
         if len(video) < self._n_frames:
             raise video_io.VideoError(
-                f"{path}: {len(video)} frames, expected at least {self._n_frames}"
+                path, f"{len(video)} frames, expected at least {self._n_frames}"
             )
         return video
 
@@ -99,7 +104,7 @@ def clips(
 ) -> grain.DatasetIterator:
     """Endless shuffled batches {"video": uint8 (len(indices), T, H, W, 3)}.
 
-    The place of a video that cannot be used is taken by the next one that can.
+    For a video that cannot be used the next one that can stands in.
 
     Args:
       batch_size: examples of a batch, over all processes.
@@ -124,19 +129,19 @@ def _batches(
 ) -> grain.DatasetIterator:
     """Batches of what `load` makes of items, of which only `indices` are loaded.
 
-    Items are allotted to indices, and each place has its generator, before anything is loaded: all
+    Items are dealt to indices, and each index has its generator, before anything is loaded: all
     processes together load the same batch, in the same order, however many they are.
     """
     chosen = range(batch_size) if indices is None else indices
 
-    def load_places(batch: list[int], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def load_batch(batch: list[int], rng: np.random.Generator) -> dict[str, np.ndarray]:
         seeds = rng.integers(2**63, size=batch_size)
         examples = [load(batch[i], np.random.default_rng(seeds[i])) for i in chosen]
         return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
 
     batches = items.batch(batch_size, drop_remainder=True, batch_fn=list)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return iter(batches.random_map(load_places, seed=seed).to_iter_dataset(options))
+    return iter(batches.random_map(load_batch, seed=seed).to_iter_dataset(options))
 
 
 def pad_text(text_SD: np.ndarray, length: int) -> np.ndarray:

@@ -1,12 +1,13 @@
-"""Reads and writes video files; arrays are uint8 (T, H, W, 3), RGB.
+"""Reads and writes videos; arrays are uint8 (T, H, W, 3), RGB.
 
-Reading keeps to what a file really holds: frames are counted, timestamps decide which frame is
-shown when, and everything that is wrong with a file becomes a `VideoError` that names it.
+Reading keeps to what a file really holds: frames are counted, and timestamps decide which frame is
+shown when. imageio writes the .gif files, but not the .mp4 files: its plugin for PyAV hands no
+options (crf) to the encoder, and takes a quarter of a second to close a file.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,23 +15,35 @@ from pathlib import Path
 import av
 import imageio.v3 as iio
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
+from opensora_jax.data import video_file
+from opensora_jax.data.video_file import VideoError
+
+MIN_FPS, MAX_FPS = 0.01, 1000  # frames per second that are written, or resampled to
+# Of one read: timestamps can ask for any number of repetitions of a frame.
+_MOST_BYTES = 2**31
 # Frames repeated over a longer gap than this are a broken timestamp, not a slow video.
 _LONGEST_GAP_SECONDS = 60
 # Matroska and others round times to 1/1000 s: the end is not known better than this.
 _TIME_ERROR_SECONDS = 0.002
-# Titles and tags in unknown encodings are nothing to fail for; PyAV 19 never does, and has no
-# such option.
-_OPEN_OPTIONS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-
-
-class VideoError(Exception):
-    """A video file cannot be read or written; the message names the file and the reason."""
+# Players take a video of so many lines for BT.709, and one of fewer for BT.601, if it names none.
+_HD_LINES = 720
+_UNSPECIFIED_MATRIX, _BT709_MATRIX = 2, 1  # libav's AVCOL_SPC_*
 
 
 class TooLong(VideoError):
-    """A video has more frames than the caller allows."""
+    """A video has more frames than the caller allows, or than memory should hold."""
+
+
+def check_fps(fps: float) -> None:
+    """Sees that files can be written, and read, at this rate.
+
+    Raises:
+      ValueError: it is not from MIN_FPS to MAX_FPS.
+    """
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise ValueError(f"fps={fps}: expected {MIN_FPS} to {MAX_FPS} frames a second")
 
 
 @dataclass(frozen=True)
@@ -45,19 +58,22 @@ def probe(path: str | os.PathLike) -> VideoInfo:
     """Counts the frames (without decoding them) and reads rate and size.
 
     Raises:
-      VideoError: missing, truncated, not a video, or without any frame.
+      VideoError: missing, truncated, not a video, without any frame, or with more than MAX_FPS
+        frames a second.
     """
     path = Path(path)
-    with _opened(path) as (container, stream):
-        pts = [packet.pts for packet in _packets(container, stream)]
-        fps = _usual_rate(stream)
+    with video_file.opened(path) as (container, stream):
+        pts = [packet.pts for packet in video_file.shown_packets(path, container, stream)]
+        fps = video_file.usual_rate(stream)
         if len(pts) > 1 and None not in pts and max(pts) > min(pts):
             # The mean rate; what a container claims is often a guess from its first frames.
             fps = (len(pts) - 1) / float((max(pts) - min(pts)) * stream.time_base)
-    with _opened(path) as (container, stream):
-        frame = next(_decode(path, container, stream), None)
+    if fps > MAX_FPS:
+        raise VideoError(path, f"{fps:.4g} frames a second: expected at most {MAX_FPS}")
+    with video_file.opened(path) as (container, stream):
+        frame = next(video_file.decode(path, container, stream), None)
         if frame is None:
-            raise VideoError(f"{path}: no frames")
+            raise VideoError(path, "no frames")
         height, width = _shown_size(frame)
         return VideoInfo(len(pts), fps, height, width)
 
@@ -76,43 +92,53 @@ def read_video(
     Args:
       resolution: (height, width), or one number for both: the video is resized (antialiased) until
         it just covers this size, then cropped to it around the centre. None keeps the file's size.
-      fps: resample to this rate: output k is the frame whose timestamp is nearest to k / fps
-        seconds after the first. None gives each frame once, whatever its timestamp.
+      fps: resample to this rate, MIN_FPS to MAX_FPS: output k is the frame whose timestamp is
+        nearest to k / fps seconds after the first. None gives each frame once, whatever its
+        timestamp.
       start: how many output frames (at `fps`) to skip.
       n_frames: how many output frames to read at most; the result is shorter where the video ends.
       max_frames: refuse a file with more frames than this, before decoding it.
 
     Raises:
-      TooLong: more than max_frames frames in the file.
-      VideoError: missing, truncated, damaged, not a video, or no frame left after `start`. A file
-        without an index (.mkv, .webm, .ts) does not tell that its end is missing: it is read as far
-        as it goes.
+      ValueError: an argument out of range.
+      TooLong: more than max_frames frames in the file, or more than 2 GiB of frames to return.
+      VideoError: missing, truncated, damaged, not a video, or no frame left after `start`. In a
+        file without an index (.mkv, .webm) only a read to the end finds that the end is missing,
+        and in one that does not state its length (.ts) none does.
     """
     path = Path(path)
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     _check_arguments(size, fps, start, n_frames)
     if max_frames is not None:
-        with _opened(path) as (container, stream):
-            for count, _ in enumerate(_packets(container, stream), start=1):
+        with video_file.opened(path) as (container, stream):
+            packets = video_file.shown_packets(path, container, stream)
+            for count, _ in enumerate(packets, start=1):
                 if count > max_frames:
-                    raise TooLong(f"{path}: more than {max_frames} frames")
-    images = []
+                    raise TooLong(path, f"more than {max_frames} frames")
+    images, indices = [], []  # a frame that is shown several times is one image
     reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
-    with _opened(path) as (container, stream):
-        frames = _decode(path, container, stream)
+    with video_file.opened(path) as (container, stream):
+        frames = video_file.decode(path, container, stream)
         if fps is not None:
             frames = _resample(path, frames, stream, fps)
+        previous = None
         for k, frame in enumerate(frames):
             if n_frames is not None and k >= start + n_frames:
                 break
             if k < start:
                 continue
-            # Frames of another size (a stream may change its own) follow the first one's.
-            shape = size or (images[0].shape[:2] if images else None)
-            images.append(_to_image(reformatter, frame, shape))
+            if frame is not previous:
+                # Frames of another size (a stream may change its own) follow the first one's.
+                shape = size or (images[0].shape[:2] if images else None)
+                images.append(_to_image(reformatter, frame, shape))
+                previous = frame
+            indices.append(len(images) - 1)
+            if len(indices) * images[0].nbytes > _MOST_BYTES:
+                raise TooLong(path, f"more than {_MOST_BYTES >> 30} GiB of frames")
     if not images:
-        raise VideoError(f"{path}: no frames" + (f" from frame {start} on" if start else ""))
-    return np.stack(images)
+        raise VideoError(path, "no frames" + (f" from frame {start} on" if start else ""))
+    video = np.stack(images)
+    return video if len(images) == len(indices) else video[indices]
 
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: int = 12) -> None:
@@ -123,36 +149,43 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: in
 
     Args:
       frames: uint8 (T, H, W, 3).
+      fps: MIN_FPS to MAX_FPS.
       crf: H.264's constant rate factor, 0 (lossless) to 51; not used for .gif.
 
     Raises:
-      VideoError: another suffix, no such folder, wrong frames or rate, or an odd height or width
-        for .mp4.
+      VideoError: another suffix, no such folder or none that can be written, wrong frames or rate,
+        or an odd height or width for .mp4.
     """
     path = Path(path)
     frames = np.asarray(frames)
     if path.suffix not in _ENCODERS:
-        raise VideoError(f"{path}: suffix {path.suffix!r}: expected .mp4 or .gif")
+        raise VideoError(path, f"suffix {path.suffix!r}: expected .mp4 or .gif")
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise VideoError(
-            f"{path}: frames are {frames.dtype} {frames.shape}: expected uint8 (T, H, W, 3)"
+            path, f"frames are {frames.dtype} {frames.shape}: expected uint8 (T, H, W, 3)"
         )
-    if not fps > 0:
-        raise VideoError(f"{path}: fps={fps}: expected more than 0")
+    height, width = frames.shape[1:3]
+    if path.suffix == ".mp4" and (height % 2 or width % 2):
+        raise VideoError(path, f"{height} x {width} pixels: .mp4 needs an even height and width")
+    try:
+        check_fps(fps)
+    except ValueError as error:
+        raise VideoError(path, str(error)) from None
     if not path.parent.is_dir():
-        raise VideoError(f"{path}: the folder {path.parent} does not exist")
+        raise VideoError(path, f"the folder {path.parent} does not exist")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _ENCODERS[path.suffix](temporary, frames, fps, crf, path)
+        _ENCODERS[path.suffix](temporary, frames, fps, crf)
         os.replace(temporary, path)
+    except (OSError, av.FFmpegError) as error:
+        raise VideoError(path, f"cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def _write_mp4(temporary, frames, fps, crf, path):
+def _write_mp4(temporary, frames, fps, crf):
     height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise VideoError(f"{path}: {height} x {width} pixels: .mp4 needs an even height and width")
     rate = Fraction(fps).limit_denominator(1001)
     with av.open(str(temporary), "w", format="mp4") as container:
         # One thread: thousands of tiny videos are written, and threads cost more than they bring.
@@ -160,12 +193,18 @@ def _write_mp4(temporary, frames, fps, crf, path):
         options = {"crf": str(crf), "preset": "fast", "threads": "1", "mbtree": "0"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        is_hd = height >= _HD_LINES
+        if is_hd:
+            stream.codec_context.colorspace = _BT709_MATRIX
         for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if is_hd:  # else the encoder's own conversion, by BT.601
+                frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-def _write_gif(temporary, frames, fps, crf, path):
+def _write_gif(temporary, frames, fps, crf):
     milliseconds = max(10, round(100 / fps) * 10)
     iio.imwrite(temporary, frames, extension=".gif", plugin="pillow", duration=milliseconds, loop=0)
 
@@ -176,74 +215,15 @@ _ENCODERS = {".mp4": _write_mp4, ".gif": _write_gif}
 def _check_arguments(size, fps, start, n_frames):
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"resolution={size}: expected (height, width), both at least 1")
-    if fps is not None and not fps > 0:
-        raise ValueError(f"fps={fps}: expected more than 0")
+    if fps is not None:
+        check_fps(fps)
     if start < 0 or (n_frames is not None and n_frames < 1):
         raise ValueError(f"start={start}, n_frames={n_frames}: expected at least 0 and at least 1")
 
 
-@contextmanager
-def _opened(path):
-    """Opens the file and its first real video stream; libav's errors become VideoErrors."""
-    path = Path(path)
-    if not path.is_file():  # checked first: libav also opens addresses, devices and pipes
-        raise VideoError(f"{path}: no such file")
-    try:
-        with av.open(str(path), **_OPEN_OPTIONS) as container:
-            stream = _video_stream(path, container)
-            stream.codec_context.thread_count = 1  # callers run many files at once
-            yield container, stream
-    except av.FFmpegError as error:
-        raise VideoError(f"{path}: cannot be read as a video: {error.strerror}") from error
-    except IndexError as error:  # PyAV, where a damaged file starts a new stream half-way
-        raise VideoError(f"{path}: damaged: the number of streams changes") from error
-
-
-def _video_stream(path, container):
-    # libav also "plays" pictures and text files.
-    name = container.format.name
-    if name in ("tty", "image2") or name.endswith("_pipe"):
-        raise VideoError(f"{path}: not a video (read as {name!r})")
-    for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            break
-    else:
-        raise VideoError(f"{path}: has no video stream")
-    if stream.codec_context is None:
-        raise VideoError(f"{path}: damaged, or made with a codec that is not known")
-    file_size = path.stat().st_size
-    if any(entry.pos + entry.size > file_size for entry in stream.index_entries):
-        raise VideoError(f"{path}: truncated: its index points past the end of the file")
-    if name == "gif" and not _ends_with_gif_trailer(path):
-        raise VideoError(f"{path}: truncated: no GIF trailer at the end of the file")
-    return stream
-
-
-def _ends_with_gif_trailer(path):
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 64))
-        return file.read().rstrip(b"\0").endswith(b";")
-
-
-def _packets(container, stream) -> Iterator[av.Packet]:
-    """The packets that hold a frame to show: one a frame, and cheap to count."""
-    return (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-
-
-def _usual_rate(stream):
-    return float(stream.average_rate or stream.guessed_rate or 25)  # 25: libav's own guess
-
-
-def _decode(path, container, stream) -> Iterator[av.VideoFrame]:
-    for i, frame in enumerate(container.decode(stream)):
-        if frame.is_corrupt:
-            raise VideoError(f"{path}: frame {i} is damaged")
-        yield frame
-
-
 def _resample(path, frames, stream, fps) -> Iterator[av.VideoFrame]:
     """Yields, for k = 0, 1, ..., the frame whose time is nearest to k / fps after the first."""
-    usual = 1 / _usual_rate(stream)
+    usual = min(1 / video_file.usual_rate(stream), _LONGEST_GAP_SECONDS)
     k, first, shown, time, length = 0, None, None, 0.0, usual
     for frame in frames:
         if shown is None:
@@ -253,7 +233,7 @@ def _resample(path, frames, stream, fps) -> Iterator[av.VideoFrame]:
             now = time + usual if frame.time is None else frame.time - first
             length = now - time if now > time else usual
             if length > _LONGEST_GAP_SECONDS:
-                raise VideoError(f"{path}: timestamps jump by {length:.0f} s at {time:.3f} s")
+                raise VideoError(path, f"timestamps jump by {length:.0f} s at {time:.3f} s")
             while k / fps <= time + length / 2:
                 yield shown
                 k += 1
@@ -276,9 +256,16 @@ def _to_image(reformatter, frame, size):
     scale = max(out_height / height, out_width / width)
     covered = (max(out_height, round(height * scale)), max(out_width, round(width * scale)))
     to_height, to_width = covered[::-1] if frame.rotation % 180 else covered
+    is_hd = frame.colorspace == _UNSPECIFIED_MATRIX and frame.height >= _HD_LINES
     # swscale widens the bicubic kernel when it shrinks: no aliasing.
     image = reformatter.reformat(
-        frame, to_width, to_height, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
+        frame,
+        to_width,
+        to_height,
+        "rgb24",
+        src_colorspace=Colorspace.ITU709 if is_hd else None,
+        interpolation=Interpolation.BICUBIC,
+        threads=1,
     ).to_ndarray()
     image = np.rot90(image, round(frame.rotation / 90) % 4)
     top, left = (covered[0] - out_height) // 2, (covered[1] - out_width) // 2

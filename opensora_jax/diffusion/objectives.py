@@ -115,8 +115,22 @@ class DDPM:
         return lambda x, step_B: network(x, step_B.astype(jnp.float32))
 
 
-# By the name in the configuration, from the configuration's or a checkpoint's fields.
-OBJECTIVES: dict[str, Callable[[Mapping[str, Any]], Objective]] = {
-    "flow": lambda fields: RectifiedFlow(fields["time_shift"], fields["prediction"]),
-    "ddpm": lambda fields: DDPM(),
-}
+# By the name in the configuration.
+OBJECTIVES: dict[str, type] = {"flow": RectifiedFlow, "ddpm": DDPM}
+
+
+def from_fields(fields: Mapping[str, Any]) -> Objective:
+    """The objective that a configuration, or a checkpoint's description, names.
+
+    Args:
+      fields: `objective`, a key of `OBJECTIVES`, and beside it the fields of that class.
+    """
+    kind = OBJECTIVES[fields["objective"]]
+    return kind(**{field.name: fields[field.name] for field in dataclasses.fields(kind)})
+
+
+def to_fields(objective: Objective) -> dict[str, Any]:
+    """What `from_fields` takes, for JSON; the same keys for every objective."""
+    (name,) = (name for name, kind in OBJECTIVES.items() if type(objective) is kind)
+    defaults = dataclasses.asdict(RectifiedFlow())
+    return {"objective": name, **defaults, **dataclasses.asdict(objective)}

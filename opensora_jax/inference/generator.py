@@ -1,62 +1,113 @@
 """From prompts to videos with a trained DiT: what sampling, training and grading share."""
 
-from pathlib import Path
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from opensora_jax import files, rngs
 from opensora_jax import mesh as mesh_lib
-from opensora_jax.build import training as build
+from opensora_jax.build import networks
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import pipeline, video_io
-from opensora_jax.diffusion.objectives import OBJECTIVES
+from opensora_jax.diffusion import objectives
+from opensora_jax.diffusion.objectives import Objective
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import decode, load_tokenizer
+from opensora_jax.mesh import PyTree
+from opensora_jax.models.dit import DiTConfig
 from opensora_jax.tasks.dit import DiTTask, Latents
 
-PyTree = Any
+
+@dataclasses.dataclass(frozen=True)
+class DiTDescription:
+    """What the folder of a trained DiT says of it, in model.json.
+
+    Attributes:
+      latent_grid: (T, H, W) of the latents that it was trained on.
+      text_length: tokens that texts are padded or cut to.
+      vqvae, text_model: where the tokenizer and the text model are.
+      fps: frames a second of the training videos.
+      downsample: (T, H, W), pixels a latent.
+    """
+
+    dit: DiTConfig
+    objective: Objective
+    latents: Latents
+    latent_grid: tuple[int, int, int]
+    text_length: int
+    vqvae: str
+    text_model: str
+    fps: float
+    downsample: tuple[int, int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "dit": dataclasses.asdict(self.dit),
+            **objectives.to_fields(self.objective),
+            "latent_table": self.latents.table.tolist(),
+            **{name: getattr(self, name) for name in _PLAIN},
+        }
+
+    @classmethod
+    def read(cls, folder: epath.PathLike) -> "DiTDescription":
+        """That of the DiT trained in `folder`.
+
+        Raises:
+          FileNotFoundError: no model there.
+          ValueError: a model of another kind.
+        """
+        found = checkpoint.read_model(folder)
+        if "dit" not in found:
+            raise ValueError(f"{folder}: holds no DiT: expected the folder dit of a workdir")
+        return cls(
+            dit=DiTConfig(**found["dit"]),
+            objective=objectives.from_fields(found),
+            latents=Latents(np.asarray(found["latent_table"], np.float32)),
+            **{name: found[name] for name in _PLAIN},
+        )
+
+
+_PLAIN = ("latent_grid", "text_length", "vqvae", "text_model", "fps", "downsample")
 
 
 class Generator:
-    """Turns prompts into videos. Made by `load`; it holds the text encoder and the VQ-VAE.
+    """Turns prompts into videos.
+
+    Args:
+      description: of the DiT.
+      task: the DiT's in training; by default one that only samples.
 
     Attributes:
-      task: the DiT's task.
       fps: frames a second of the training videos.
+
+    Raises:
+      FileNotFoundError: not the tokenizer or text model that the description names.
     """
 
-    def __init__(self, task: DiTTask, description: dict[str, Any]):
-        self.task = task
-        self.fps: float = description["fps"]
-        self._grid = tuple(description["latent_grid"])
-        self._downsample = tuple(description["downsample"])
-        self._patch = description["dit"]["patch"]
-        self._text_length = description["text_length"]
-        self._text_encoder = TextEncoder(description["text_model"])
-        self._vqvae = load_tokenizer(description["vqvae"])
-        self._sample = jax.jit(task.sample, static_argnames=("steps", "guidance"))
+    def __init__(self, description: DiTDescription, task: DiTTask | None = None):
+        d = description
+        self.task = task or DiTTask(
+            d.dit, d.latents, d.objective, execution=networks.sampling_execution(d.dit)
+        )
+        self.fps = d.fps
+        self._description = d
+        self._text_encoder = TextEncoder(d.text_model)
+        self._tokenizer = load_tokenizer(d.vqvae)
+        self._sample = jax.jit(self.task.sample, static_argnames=("steps", "guidance"))
 
     @classmethod
-    def load(cls, folder: Path, task: DiTTask | None = None) -> "Generator":
-        """For the DiT trained in `folder`; with a `task` given, for its weights in training.
+    def load(cls, folder: epath.PathLike) -> "Generator":
+        """For the DiT trained in `folder`.
 
         Raises:
-          FileNotFoundError: no DiT there, or not the VQ-VAE or text model that it names.
+          FileNotFoundError: no DiT there, or not the tokenizer or text model that it names.
         """
-        description = checkpoint.read_model(folder)
-        if task is None:
-            latents = Latents.from_table(np.asarray(description["latent_table"], np.float32))
-            task = DiTTask(
-                build.dit_maker(description["dit"], dtype="auto"),
-                latents,
-                caption_dropout=0.0,
-                objective=OBJECTIVES[description["objective"]](description),
-            )
-        return cls(task, description)
+        return cls(DiTDescription.read(folder))
 
-    def restore(self, folder: Path, *, best: bool = False) -> PyTree:
+    def restore(self, folder: epath.PathLike, *, best: bool = False) -> PyTree:
         """The averaged weights of the last checkpoint in `folder`.
 
         Args:
@@ -81,15 +132,16 @@ class Generator:
         Raises:
           ValueError: a size that is no multiple of downsampling (and patch).
         """
-        grid = list(self._grid)
+        d = self._description
+        grid = list(d.latent_grid)
         names = ("frames", "height", "width")
         for i, (name, size) in enumerate(zip(names, (n_frames, height, width), strict=True)):
             if size is None:
                 continue
-            factor = self._downsample[i] * (self._patch if i else 1)
+            factor = d.downsample[i] * (d.dit.patch if i else 1)
             if size < 1 or size % factor:
                 raise ValueError(f"{name}={size}: expected a positive multiple of {factor}")
-            grid[i] = size // self._downsample[i]
+            grid[i] = size // d.downsample[i]
         return tuple(grid)
 
     def sample(
@@ -115,13 +167,13 @@ class Generator:
         Raises:
           ValueError: a number of steps, or ancestral sampling, that the model's objective lacks.
         """
-        grid = grid or self._grid
+        text_length = self._description.text_length
         features = self._text_encoder.encode(prompts)
-        text = np.stack([pipeline.pad_text(f, self._text_length) for f in features])
-        lengths = np.array([min(len(f), self._text_length) for f in features], np.int32)
+        text = np.stack([pipeline.pad_text(f, text_length) for f in features])
+        lengths = np.array([min(len(f), text_length) for f in features], np.int32)
         n = len(prompts)
         batch_size = min(batch_size, n)
-        shape = (*grid, self.task.latents.channels)
+        shape = (*(grid or self._description.latent_grid), self.task.latents.channels)
         noises = jax.vmap(lambda i: jax.random.normal(rngs.key(seed, "sample", i), shape))
         keys = jax.vmap(lambda i: rngs.key(seed, "ancestral", i))
         videos = []
@@ -131,12 +183,12 @@ class Generator:
             inputs = (text[index], lengths[index], noise, keys_B)
             with mesh_lib.context_of(params):
                 codes = self._sample(params, *inputs, steps=steps, guidance=guidance)
-            # By way of the host: the DiT's weights may be on many devices, the VQ-VAE is on one.
+            # By way of the host: the DiT may be on many devices, the tokenizer is on one.
             codes = jax.device_get(codes)
-            videos.append(decode(self._vqvae, codes)[: n - start])
+            videos.append(decode(self._tokenizer, codes)[: n - start])
         return np.concatenate(videos)
 
-    def write(self, folder: Path, prompts: list[str], videos: np.ndarray) -> None:
+    def write(self, folder: epath.Path, prompts: list[str], videos: np.ndarray) -> None:
         """Writes 00.mp4, 01.mp4, ... and prompts.json into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         entries = []

@@ -39,16 +39,16 @@ def make_small_text_model(
     happens.
 
     Args:
-        folder: where to write.
-        captions: texts whose lower-cased words become the vocabulary; any other word is encoded as
-            the unknown one.
-        seed: of the weights.
-        width, depth, heads: size of the encoder; its MLPs are four times as wide.
-        max_length: number of positions, beginning and end included.
+      folder: where to write.
+      captions: texts whose lower-cased words become the vocabulary; any other word is encoded as
+        the unknown one.
+      seed: of the weights.
+      width, depth, heads: size of the encoder; its MLPs are four times as wide.
+      max_length: number of positions, beginning and end included.
 
     Raises:
-        ValueError: no words in `captions`, a `width` that `heads` does not divide, or `folder`
-            holds something else.
+      ValueError: no words in `captions`, a `width` that `heads` does not divide, or `folder`
+        holds something else.
     """
     if width % heads:
         raise ValueError(f"width={width}: not divisible by heads={heads}")

@@ -3,12 +3,15 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
+from opensora_jax import files
 from opensora_jax.convert import clip
 
 BATCH_SIZE = 32
@@ -21,32 +24,32 @@ class TextEncoder:
     """Captions to CLIP text features, one vector per token.
 
     Args:
-        name_or_folder: a CLIP model on the Hugging Face hub (`openai/clip-vit-base-patch32`), or a
-            folder in the hub layout with weights and tokenizer.
-        dtype: compute dtype of the network.
+      name_or_folder: a CLIP model on the Hugging Face hub (`openai/clip-vit-base-patch32`), or a
+        folder in the hub layout with weights and tokenizer.
+      dtype: compute dtype of the network.
 
     Attributes:
-        name: `name_or_folder`.
-        width: size of the features (D).
-        max_length: the most tokens of one caption; a longer one is cut.
+      name: `name_or_folder`.
+      width: size of the features (D).
+      max_length: the most tokens of one caption; a longer one is cut.
 
     Raises:
-        FileNotFoundError: no such folder or hub name, or no tokenizer in it.
-        ValueError: the weights are not CLIP's, or do not fit the tokenizer.
+      FileNotFoundError: no such folder or hub name, or no tokenizer in it.
+      ValueError: the weights are not CLIP's, or do not fit the tokenizer.
     """
 
-    def __init__(self, name_or_folder: str | Path, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, name_or_folder: epath.PathLike, dtype: jnp.dtype = jnp.float32):
         self.name = str(name_or_folder)
         folder = clip.local_folder(name_or_folder)
         self._tokenizer = _load_tokenizer(folder)
         model = clip.load_clip_text(folder, dtype)
-        if len(self._tokenizer) > model.vocab_size:
+        if len(self._tokenizer) > model.config.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has {len(self._tokenizer)} tokens, the model "
-                f"embeddings for {model.vocab_size}"
+                f"embeddings for {model.config.vocab_size}"
             )
-        self.width = model.width
-        self.max_length = model.max_length
+        self.width = model.config.width
+        self.max_length = model.config.max_length
         graph, self._weights = nnx.split(model)
         self._apply = jax.jit(lambda weights, *inputs: nnx.merge(graph, weights)(*inputs))
 
@@ -58,14 +61,14 @@ class TextEncoder:
         company.
 
         Args:
-            captions: any number of strings; an empty one has a beginning and an end all the same.
+          captions: any number of strings; an empty one has a beginning and an end all the same.
 
         Returns:
-            For each caption a float32 array (S_i, D): its S_i tokens, those of beginning and end
-            included, without padding.
+          For each caption a float32 array (S_i, D): its S_i tokens, those of beginning and end
+          included, without padding.
 
         Raises:
-            TypeError: one string instead of a list.
+          TypeError: one string instead of a list.
         """
         if isinstance(captions, str):
             raise TypeError(f"captions={captions!r}: expected a list of strings")
@@ -90,13 +93,34 @@ class TextEncoder:
         return features
 
 
-def _load_tokenizer(folder: Path):
+def check_text_model(name_or_folder: epath.PathLike) -> None:
+    """Looks whether `TextEncoder` can find its files, without reading weights or downloading.
+
+    Raises:
+      FileNotFoundError, ValueError: as `TextEncoder`.
+    """
+    clip.check_text_model(name_or_folder)
+    folder = epath.Path(name_or_folder)
+    if folder.is_dir():
+        _expect_tokenizer(folder)
+
+
+def _load_tokenizer(folder: Path) -> Any:
     # transformers announces at import that there is no PyTorch; we want none.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
+    _expect_tokenizer(folder)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # the library behind it has no narrower one for a file that is bad
+        reason = files.short(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{folder}: its tokenizer cannot be read: {reason}") from error
+
+
+def _expect_tokenizer(folder: epath.PathLike) -> None:
+    folder = epath.Path(folder)
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise FileNotFoundError(
             f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt"
         )
-    return AutoTokenizer.from_pretrained(str(folder))

@@ -3,38 +3,46 @@
 Legend: T frames of a window, t frames of its codes, H, W pixels, h, w codes.
 """
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from opensora_jax import files
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert import videogpt
-from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
 from opensora_jax.tasks.vqvae import VQVAETask, to_float, to_uint8
 
 
-def load_tokenizer(path: str | Path) -> VQVAE:
-    """The VQ-VAE of a training or imported folder, or of a VideoGPT checkpoint file.
+def load_tokenizer(path: epath.PathLike) -> VQVAE:
+    """The tokenizer of a training or imported folder, or of a VideoGPT checkpoint file.
 
     Returns:
       The model in evaluation mode, with averaged weights.
 
     Raises:
-      FileNotFoundError: nothing there.
-      ValueError: a file that is no such checkpoint.
+      FileNotFoundError: nothing there, or a folder without a tokenizer.
+      ValueError: a file or folder of something else.
     """
-    path = Path(path)
+    path = epath.Path(path)
     if path.is_file():
         return videogpt.load_videogpt(path)
-    arguments = checkpoint.read_model(path)
-    task = VQVAETask(lambda rngs: VQVAE(**arguments, rngs=rngs))
-    params, extra = jax.eval_shape(task.init, jax.random.key(0))
+    description = _description(path)
+    try:
+        task = VQVAETask(VQVAEConfig(**description))
+        params, extra = jax.eval_shape(task.init, jax.random.key(0))
+    except (TypeError, ValueError, OverflowError) as error:
+        model_file = path / checkpoint.MODEL_FILE
+        raise ValueError(
+            f"{model_file}: describes no tokenizer: {files.short(str(error))}"
+        ) from error
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
@@ -44,13 +52,30 @@ def load_tokenizer(path: str | Path) -> VQVAE:
     return task.model(restored["ema"], restored["extra"])
 
 
-def save_tokenizer(folder: str | Path, model: VQVAE) -> None:
+def _description(folder: epath.Path) -> dict[str, Any]:
+    """What model.json says of the tokenizer in `folder`."""
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such file or folder: expected a tokenizer")
+    inside = folder / "vqvae"
+    is_workdir = (inside / checkpoint.MODEL_FILE).exists()
+    if is_workdir and not (folder / checkpoint.MODEL_FILE).exists():
+        raise FileNotFoundError(f"{folder}: holds no tokenizer: did you mean {inside}?")
+    description = checkpoint.read_model(folder)
+    if "dit" in description:
+        its_own = files.short(description.get("vqvae"))
+        raise ValueError(
+            f"{folder}: holds a DiT, not a tokenizer: did you mean its own, {its_own}?"
+        )
+    return description
+
+
+def save_tokenizer(folder: epath.PathLike, model: VQVAE) -> None:
     """Writes `model` so that `load_tokenizer` reads it from `folder`.
 
     Raises:
       ValueError: if the folder holds another model.
     """
-    checkpoint.record_model(folder, model.arguments)
+    checkpoint.record_model(folder, dataclasses.asdict(model.config))
     _, params, extra = nnx.split(model, nnx.Param, ...)
     params, extra = nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
     checkpoints = checkpoint.Checkpoints(folder)
@@ -85,7 +110,14 @@ def _encode(graph, state, video_BTHWC):
 
 
 class WindowEncoder:
-    """Codes of videos of any length with one compilation: windows and batches are padded."""
+    """Codes of videos of any length with one compilation: windows and batches are padded.
+
+    Videos are added one by one, and need not all be in memory: `add`, `add`, ..., `finish`.
+
+    Args:
+      window: frames that are encoded together.
+      batch_size: windows at a time, rounded up to a multiple of the number of devices.
+    """
 
     def __init__(self, model: nnx.Module, window: int, batch_size: int):
         devices = jax.local_devices()
@@ -95,32 +127,36 @@ class WindowEncoder:
         self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
         self._graph, state = nnx.split(model)
         self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+        self._codes: list[list[np.ndarray]] = []  # of each video, window by window
+        self._waiting: list[tuple[int, np.ndarray]] = []  # windows, and whose video's they are
 
-    def __call__(self, videos: Iterable[np.ndarray]) -> list[np.ndarray]:
-        """uint8 (T, H, W, 3), T a multiple of the temporal downsampling -> codes (t, h, w) each."""
-        codes, windows, owners = [], [], []
-        for i, video_THWC in enumerate(videos):
-            codes.append([])
-            for start in range(0, len(video_THWC), self._window):
-                windows.append(video_THWC[start : start + self._window])
-                owners.append(i)
-                if len(windows) == self._batch_size:
-                    self._encode_batch(windows, owners, codes)
-        if windows:
-            self._encode_batch(windows, owners, codes)
+    def add(self, video_THWC: np.ndarray) -> None:
+        """Takes a video, uint8, T a multiple of the temporal downsampling."""
+        self._codes.append([])
+        for start in range(0, len(video_THWC), self._window):
+            window_THWC = video_THWC[start : start + self._window]
+            self._waiting.append((len(self._codes) - 1, window_THWC))
+            if len(self._waiting) == self._batch_size:
+                self._encode_batch()
+
+    def finish(self) -> list[np.ndarray]:
+        """The codes (t, h, w) of the videos that were added since the last call, in order."""
+        if self._waiting:
+            self._encode_batch()
+        codes, self._codes = self._codes, []
         return [np.concatenate(pieces) for pieces in codes]
 
-    def _encode_batch(self, windows, owners, codes):
-        batch_BTHWC = np.zeros((self._batch_size, self._window, *windows[0].shape[1:]), np.uint8)
-        for row, window_THWC in zip(batch_BTHWC, windows, strict=False):
+    def _encode_batch(self):
+        shape_HWC = self._waiting[0][1].shape[1:]
+        batch_BTHWC = np.zeros((self._batch_size, self._window, *shape_HWC), np.uint8)
+        for row, (_, window_THWC) in zip(batch_BTHWC, self._waiting, strict=False):
             row[: len(window_THWC)] = window_THWC
             row[len(window_THWC) :] = window_THWC[-1]
         batch_BTHWC = jax.device_put(batch_BTHWC, self._batch_sharding)
         codes_Bthw = np.asarray(_encode(self._graph, self._state, batch_BTHWC))
-        for i, window_THWC, codes_thw in zip(owners, windows, codes_Bthw, strict=False):
-            codes[i].append(codes_thw[: len(window_THWC) * len(codes_thw) // self._window])
-        windows.clear()
-        owners.clear()
+        for (i, window_THWC), codes_thw in zip(self._waiting, codes_Bthw, strict=False):
+            self._codes[i].append(codes_thw[: len(window_THWC) * len(codes_thw) // self._window])
+        self._waiting.clear()
 
 
 def fingerprint(model: nnx.Module) -> str:

@@ -9,34 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from opensora_jax import mesh
+from opensora_jax.models import cpu
 
-# The kind of device that each runs on; None: any.
+# The kind of device that each implementation runs on; None: any.
 BACKENDS = {"xla": None, "cudnn": "gpu", "splash": "tpu"}
+# What a configuration may say; auto: the fastest that there is.
 NAMES = ("auto", *BACKENDS)
 
 
-def choose(name: str, backend: str, *, head_size: int, dtype: jnp.dtype) -> str:
-    """The implementation, a key of `BACKENDS`, that one of `NAMES` means for these heads.
-
-    "auto" is the fastest that the backend (as of `jax.default_backend`) has: cuDNN's on GPUs,
-    splash attention on TPUs, else plain XLA.
-
-    Raises:
-      ValueError: for an unknown name, or heads that cuDNN cannot do.
-    """
-    if name not in NAMES:
-        raise ValueError(f"attention={name!r}: expected one of {', '.join(NAMES)}")
-    cudnn_can = dtype in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128
-    if name == "cudnn" and not cudnn_can:
-        raise ValueError(
-            f"attention='cudnn': expected bfloat16 or float16 and a head size that is a multiple "
-            f"of 8 up to 128, not {jnp.dtype(dtype).name} and {head_size}"
-        )
-    if name != "auto":
-        return name
-    if backend == "gpu" and cudnn_can:
-        return "cudnn"
-    return "splash" if backend == "tpu" else "xla"
+def cudnn_can(head_size: int, dtype: jnp.dtype) -> bool:
+    """Whether cuDNN's attention takes heads of this size and type."""
+    return dtype in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128
 
 
 def attention(
@@ -51,7 +34,7 @@ def attention(
     """softmax(q k / sqrt(K)) v, softmax in float32 -> (B, N, H, K).
 
     Queries come, and the result leaves, with tokens sharded over the mesh's context axis. If keys
-    are sharded as well, heads and tokens swap places around the attention, so that every device has
+    are sharded as well, heads and tokens swap axes around the attention, so that every device has
     whole sequences of some heads (DeepSpeed-Ulysses, arXiv:2309.14509).
 
     Args:
@@ -73,7 +56,7 @@ def attention(
     if implementation == "xla":
         out_BNHK = _xla(*args)
     else:
-        # The compiler cannot divide these kernels itself.
+        # The compiler cannot shard these kernels itself.
         kernel = {"cudnn": _cudnn, "splash": _splash}[implementation]
         out_BNHK = mesh.shard_map(kernel, *axes)(*args)
     out_BNHK = mesh.constrain(out_BNHK, *q_axes)
@@ -134,72 +117,8 @@ def _heads_first(x_BNHK: jax.Array, block: int) -> jax.Array:
 
 
 def _xla(q, k, v, lengths=None):
-    return jax.lax.platform_dependent(
-        q, k, v, lengths, cpu=_attention_matmul, default=_attention_xla
-    )
+    return jax.lax.platform_dependent(q, k, v, lengths, cpu=cpu.attention, default=_attention_xla)
 
 
 def _attention_xla(q, k, v, lengths):
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
-
-
-def _attention_matmul(q_BNHK, k_BSHK, v_BSHK, lengths_B):
-    """Attention of which no matmul, backward neither, transposes an (N, S) matrix.
-
-    XLA's CPU matmuls slow down by half on those; this takes half the time of `_attention_xla`.
-    The halves of a batch need nothing of each other, so that one's softmax runs beside the other's
-    matmuls: 3% to 6% of a train step. A batch that is sharded over devices stays as it is.
-    """
-    n = min(2, len(q_BNHK)) if mesh.size() == 1 else 1
-
-    def split(x_B):
-        return [None] * n if x_B is None else jnp.array_split(x_B, n)
-
-    parts = zip(*(split(x) for x in (q_BNHK, k_BSHK, v_BSHK, lengths_B)), strict=True)
-    return jnp.concatenate(
-        [
-            _heads_attention(*(x.swapaxes(1, 2) for x in qkv), lengths).swapaxes(1, 2)
-            for *qkv, lengths in parts
-        ]
-    )
-
-
-@jax.custom_vjp
-def _heads_attention(q_BHNK, k_BHSK, v_BHSK, lengths_B):
-    return _forward(q_BHNK, k_BHSK, v_BHSK, lengths_B)[0]
-
-
-def _transposed(x):
-    return x.swapaxes(-1, -2)
-
-
-def _matmul(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-def _forward(q, k, v, lengths):
-    scores = _matmul(q, _transposed(k)) * q.shape[-1] ** -0.5
-    if lengths is not None:
-        valid = jnp.arange(k.shape[2]) < lengths[:, None, None, None]
-        scores = jnp.where(valid, scores, -1e30)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    total = weights.sum(axis=-1, keepdims=True)
-    out = _matmul(weights.astype(v.dtype), v) / total
-    return out.astype(q.dtype), (q, k, v, weights, total, out)
-
-
-def _backward(saved, d_out):
-    q, k, v, weights, total, out = saved
-    scale = q.shape[-1] ** -0.5
-    d_out = d_out / total
-    # As for every softmax, d_scores = p (d_p - sum(p d_p)), and that sum is d_out . out.
-    inner = jnp.sum(d_out * out, axis=-1, keepdims=True)
-    d_scores = weights * (_matmul(d_out.astype(v.dtype), _transposed(v)) - inner) * scale
-    d_scores = d_scores.astype(q.dtype)
-    d_q = _matmul(d_scores, k)
-    d_k = _transposed(_matmul(_transposed(q), d_scores))
-    d_v = _transposed(_matmul(_transposed(d_out).astype(v.dtype), weights.astype(v.dtype)))
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
-
-
-_heads_attention.defvjp(_forward, _backward)

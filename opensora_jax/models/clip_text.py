@@ -5,12 +5,15 @@ The same function as `CLIPTextModel.last_hidden_state` of Hugging Face transform
 Shape suffixes: B batch, S sequence (tokens), T = B * S, D width, N heads, H head size.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from opensora_jax.files import short
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -24,22 +27,49 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class ClipTextConfig:
+    """Which text tower.
+
+    Attributes:
+      vocab_size: number of token ids.
+      width: size of the features, a multiple of `heads`.
+      depth: number of transformer blocks.
+      heads: attention heads.
+      mlp_width: hidden size of the MLPs.
+      max_length: number of learned positions, the longest sequence.
+      activation: a key of `ACTIVATIONS`.
+      norm_epsilon: epsilon of the layer norms.
+
+    Raises:
+      ValueError: a width that the heads do not divide, or an unknown activation.
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    max_length: int
+    activation: str = "quick_gelu"
+    norm_epsilon: float = 1e-5
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width}: not divisible by heads={self.heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation={short(self.activation)}: expected one of {sorted(ACTIVATIONS)}"
+            )
+
+
 class Block(nnx.Module):
     """Pre-norm transformer block: causal self-attention, then an MLP."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_width: int,
-        activation: str,
-        norm_epsilon: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        norm = partial(
-            nnx.LayerNorm, width, epsilon=norm_epsilon, use_fast_variance=False, rngs=rngs
-        )
+    def __init__(self, config: ClipTextConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, mlp_width = config.width, config.mlp_width
+        epsilon = config.norm_epsilon
+        norm = partial(nnx.LayerNorm, width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
         dense = partial(
             nnx.Linear, dtype=dtype, kernel_init=nnx.initializers.normal(0.02), rngs=rngs
         )
@@ -51,23 +81,23 @@ class Block(nnx.Module):
         self.mlp_norm = norm()
         self.mlp_in = dense(width, mlp_width)
         self.mlp_out = dense(mlp_width, width)
-        self.heads = heads
-        self.activation = activation
+        self.heads = config.heads
+        self.activation = ACTIVATIONS[config.activation]
 
     def __call__(self, x_TD: jax.Array, mask_BS: jax.Array) -> jax.Array:
-        def heads(x_TD):
+        def split(x_TD):
             return x_TD.reshape(*mask_BS.shape, self.heads, -1)
 
         h_TD = self.attention_norm(x_TD)
         attended_BSNH = jax.nn.dot_product_attention(
-            heads(self.query(h_TD)),
-            heads(self.key(h_TD)),
-            heads(self.value(h_TD)),
+            split(self.query(h_TD)),
+            split(self.key(h_TD)),
+            split(self.value(h_TD)),
             mask=mask_BS[:, None, None, :],
             is_causal=True,
         )
         x_TD = x_TD + self.attention_out(attended_BSNH.reshape(x_TD.shape))
-        h_TF = ACTIVATIONS[self.activation](self.mlp_in(self.mlp_norm(x_TD)))
+        h_TF = self.activation(self.mlp_in(self.mlp_norm(x_TD)))
         return x_TD + self.mlp_out(h_TF)
 
 
@@ -75,66 +105,42 @@ class ClipText(nnx.Module):
     """Token ids to one feature vector per token.
 
     Args:
-        vocab_size: number of token ids.
-        width: size of the features, a multiple of `heads`.
-        depth: number of transformer blocks.
-        heads: attention heads.
-        mlp_width: hidden size of the MLPs.
-        max_length: number of learned positions, the longest sequence.
-        activation: a key of `ACTIVATIONS`.
-        norm_epsilon: epsilon of the layer norms.
-        dtype: compute dtype; parameters, norms and softmax stay float32.
-        rngs: initialization.
+      dtype: compute dtype; parameters, norms and softmax stay float32.
+      rngs: initialization.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp_width: int,
-        max_length: int,
-        *,
-        activation: str = "quick_gelu",
-        norm_epsilon: float = 1e-5,
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        if width % heads:
-            raise ValueError(f"width={width}: not divisible by heads={heads}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r}: expected one of {sorted(ACTIVATIONS)}")
-        self.vocab_size = vocab_size
-        self.width = width
-        self.max_length = max_length
-        self.dtype = dtype
-        embed = partial(nnx.Embed, features=width, rngs=rngs)
-        self.token_embedding = embed(vocab_size, embedding_init=nnx.initializers.normal(0.02))
-        self.position_embedding = embed(max_length, embedding_init=nnx.initializers.normal(0.01))
+    def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.config, self.dtype = config, dtype
+        embed = partial(nnx.Embed, features=config.width, rngs=rngs)
+        self.token_embedding = embed(
+            config.vocab_size, embedding_init=nnx.initializers.normal(0.02)
+        )
+        self.position_embedding = embed(
+            config.max_length, embedding_init=nnx.initializers.normal(0.01)
+        )
 
-        @nnx.split_rngs(splits=depth)
+        @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
         def stacked_blocks(rngs):
-            return Block(width, heads, mlp_width, activation, norm_epsilon, dtype, rngs)
+            return Block(config, dtype, rngs)
 
         self.blocks = stacked_blocks(rngs)
         self.final_norm = nnx.LayerNorm(
-            width, epsilon=norm_epsilon, use_fast_variance=False, rngs=rngs
+            config.width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs
         )
 
     def __call__(self, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
         """Features of every position after the final layer norm (`last_hidden_state`).
 
         Args:
-            input_ids: (B, S) integers below `vocab_size`, S at most `max_length`.
-            attention_mask: (B, S), nonzero at valid tokens; padding follows them.
+          input_ids: (B, S) integers below `vocab_size`, S at most `max_length`.
+          attention_mask: (B, S), nonzero at valid tokens; padding follows them.
 
         Returns:
-            (B, S, D) float32; what stands at padding has no meaning.
+          (B, S, D) float32; what stands at padding has no meaning.
 
         Raises:
-            ValueError: shapes that do not fit.
+          ValueError: shapes that do not fit.
         """
         if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape:
             raise ValueError(
@@ -142,8 +148,10 @@ class ClipText(nnx.Module):
                 "expected one shape (batch, sequence)"
             )
         B, S = input_ids.shape
-        if self.max_length < S:
-            raise ValueError(f"sequence of {S} tokens: the model has {self.max_length} positions")
+        if self.config.max_length < S:
+            raise ValueError(
+                f"sequence of {S} tokens: the model has {self.config.max_length} positions"
+            )
         mask_BS = attention_mask != 0
         x_BSD = self.token_embedding(input_ids) + self.position_embedding(jnp.arange(S))
 

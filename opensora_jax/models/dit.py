@@ -9,6 +9,7 @@ Shape suffixes: B batch, T frames, H height, W width of the latents, C their cha
 tokens, S text tokens, D width, E text width; in attention H heads and K head size.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from flax import nnx
 from opensora_jax.mesh import constrain
 from opensora_jax.models import attention as attention_lib
 from opensora_jax.models import layers
+from opensora_jax.models.cpu import broadcast_to_tokens
 
 # name -> (depth, width, heads), as in the paper.
 SIZES = {
@@ -28,6 +30,10 @@ SIZES = {
     "XL": (28, 1152, 16),
 }
 TEXT_MODES = ("cross_attention", "in_context")
+
+# Ratio of the MLP's hidden width to the width, and features of the embedding of time: the paper's.
+MLP_RATIO = 4
+TIME_FEATURES = 256
 
 # What the backward pass finds saved: everything, only the outputs of matmuls (offload: in the
 # host's memory), or block inputs.
@@ -41,10 +47,68 @@ REMAT_POLICIES: dict[str, Callable | None] = {
 _zeros = nnx.initializers.zeros
 
 
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Which DiT: what a checkpoint has to say of its weights.
+
+    Attributes:
+      channels: C, channels of a latent.
+      out_channels: channels of the prediction (twice C where a variance is learned).
+      patch: p; a token is a (1, p, p) patch of latents.
+      text_width: E, width of the text features.
+      text_mode: one of `TEXT_MODES`.
+
+    Raises:
+      ValueError: an unknown text mode, or a width that is no even multiple of the heads.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    channels: int
+    out_channels: int
+    patch: int
+    text_width: int
+    text_mode: str = "cross_attention"
+
+    def __post_init__(self):
+        if self.text_mode not in TEXT_MODES:
+            raise ValueError(
+                f"text_mode={self.text_mode!r}: expected one of {', '.join(TEXT_MODES)}"
+            )
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width={self.width}: expected an even multiple of heads={self.heads}")
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a DiT is computed, which changes its numbers by no more than rounding.
+
+    Attributes:
+      dtype: of the computation; parameters are float32.
+      attention: a key of `models.attention.BACKENDS`.
+      remat: a key of `REMAT_POLICIES`.
+      unroll: blocks in a row that are compiled as one piece; more run faster and compile slower.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
+    remat: str = "none"
+    unroll: int = 1
+
+
+PLAIN = Execution()
+
+
 class Attention(nnx.Module):
     """Multi-head attention; keys and values from `context`, or from x itself.
 
     Args:
+      implementation: a key of `models.attention.BACKENDS`.
       zero_init: start the output at zero, for a branch without a gate.
     """
 
@@ -115,19 +179,9 @@ class MLP(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
 
-def modulate(x_BND: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
+def modulate(x_BND: jax.Array, shift_BND: jax.Array, scale_BND: jax.Array) -> jax.Array:
     """Layer normalization with shift and scale given by the condition."""
-    n = x_BND.shape[1]
-    scale_BND, shift_BND = (
-        layers.broadcast_to_tokens(1 + scale_BD, n),
-        layers.broadcast_to_tokens(shift_BD, n),
-    )
-    return shard_tokens(layers.layer_normalize(x_BND) * scale_BND + shift_BND)
-
-
-def split_modulation(modulation_BM: jax.Array, n: int) -> list[jax.Array]:
-    """n shifts, scales and gates (B, D), each whole on every device."""
-    return [constrain(part_BD, "batch", None) for part_BD in jnp.split(modulation_BM, n, axis=-1)]
+    return shard_tokens(layers.layer_normalize(x_BND) * (1 + scale_BND) + shift_BND)
 
 
 def shard_tokens(x_BND: jax.Array) -> jax.Array:
@@ -135,8 +189,27 @@ def shard_tokens(x_BND: jax.Array) -> jax.Array:
     return constrain(x_BND, "batch", "sequence", None)
 
 
+class Modulation(layers.Dense):
+    """adaLN-Zero: n shifts, scales and gates, each (B, N, D) and zero at first, of a condition."""
+
+    def __init__(self, width: int, n: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        axes = ("embed", "modulation")
+        super().__init__(width, n * width, axes=axes, init=_zeros, rngs=rngs, dtype=dtype)
+        self.n = n
+
+    def __call__(self, condition_BD: jax.Array, n_tokens: int) -> list[jax.Array]:
+        parts = jnp.split(super().__call__(jax.nn.silu(condition_BD)), self.n, axis=-1)
+        # Each is whole on every device.
+        parts = [constrain(part_BD, "batch", None) for part_BD in parts]
+        return [broadcast_to_tokens(part_BD, n_tokens) for part_BD in parts]
+
+
 class Block(nnx.Module):
-    """Transformer block with adaLN-Zero, and cross-attention to text if `cross_attention`."""
+    """Transformer block with adaLN-Zero, and cross-attention to text if `cross_attention`.
+
+    Args:
+      qk_norm: off only to reproduce facebookresearch/DiT's block.
+    """
 
     def __init__(
         self,
@@ -144,22 +217,19 @@ class Block(nnx.Module):
         heads: int,
         *,
         rngs: nnx.Rngs,
-        qk_norm: bool,
         cross_attention: bool,
-        implementation: str,
-        mlp_ratio: float = 4.0,
+        implementation: str = "xla",
+        qk_norm: bool = True,
         dtype: jnp.dtype = jnp.float32,
     ):
         common = {"rngs": rngs, "dtype": dtype}
-        heads = {"heads": heads, "qk_norm": qk_norm, "implementation": implementation}
-        self.attention = Attention(width, **heads, **common)
+        attention = {"qk_norm": qk_norm, "implementation": implementation, **common}
+        self.attention = Attention(width, heads, **attention)
         self.cross_attention = (
-            Attention(width, **heads, zero_init=True, **common) if cross_attention else None
+            Attention(width, heads, zero_init=True, **attention) if cross_attention else None
         )
-        self.mlp = MLP(width, int(width * mlp_ratio), **common)
-        self.modulation = layers.Dense(
-            width, 6 * width, axes=("embed", "modulation"), init=_zeros, **common
-        )
+        self.mlp = MLP(width, MLP_RATIO * width, **common)
+        self.modulation = Modulation(width, 6, **common)
 
     def __call__(
         self,
@@ -171,102 +241,58 @@ class Block(nnx.Module):
         angles_NK: jax.Array | None = None,
         lengths_B: jax.Array | None = None,
     ) -> jax.Array:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = split_modulation(
-            self.modulation(jax.nn.silu(condition_BD)), 6
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(
+            condition_BD, x_BND.shape[1]
         )
-        h = self.attention(
+        h_BND = self.attention(
             modulate(x_BND, shift_a, scale_a), angles_NK=angles_NK, lengths_B=lengths_B
         )
-        n = x_BND.shape[1]
-        x_BND = shard_tokens(x_BND + layers.broadcast_to_tokens(gate_a, n) * h)
+        x_BND = shard_tokens(x_BND + gate_a * h_BND)
         if self.cross_attention is not None:
-            h = self.cross_attention(
-                shard_tokens(layers.layer_normalize(x_BND)), text_BSD, lengths_B=text_lengths_B
-            )
-            x_BND = shard_tokens(x_BND + h)
-        h = self.mlp(modulate(x_BND, shift_m, scale_m))
-        return shard_tokens(x_BND + layers.broadcast_to_tokens(gate_m, n) * h)
+            h_BND = shard_tokens(layers.layer_normalize(x_BND))
+            h_BND = self.cross_attention(h_BND, text_BSD, lengths_B=text_lengths_B)
+            x_BND = shard_tokens(x_BND + h_BND)
+        h_BND = self.mlp(modulate(x_BND, shift_m, scale_m))
+        return shard_tokens(x_BND + gate_m * h_BND)
 
 
 class DiT(nnx.Module):
-    """Predicts from noisy latents, time and text; the output has `out_channels` a latent.
+    """Predicts from noisy latents, time and text; the output has `out_channels` a latent."""
 
-    Args:
-      channels: C, channels of a latent.
-      out_channels: channels of the prediction (twice C where a variance is learned).
-      patch: p; a token is a (1, p, p) patch of latents.
-      text_width: E, width of the text features.
-      text_mode: one of `TEXT_MODES`.
-      rotary, qk_norm: off only to reproduce facebookresearch/DiT's block.
-      attention: one of `models.attention.NAMES`.
-      remat: one of `REMAT_POLICIES`.
-      unroll: blocks in a row that are compiled as one piece; more run faster and compile slower.
-      dtype: compute; parameters are float32.
-    """
-
-    def __init__(
-        self,
-        *,
-        depth: int,
-        width: int,
-        heads: int,
-        channels: int,
-        out_channels: int,
-        patch: int,
-        text_width: int,
-        text_mode: str = "cross_attention",
-        rotary: bool = True,
-        qk_norm: bool = True,
-        attention: str = "auto",
-        remat: str = "none",
-        unroll: int = 1,
-        rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-    ):
-        if text_mode not in TEXT_MODES:
-            raise ValueError(f"text_mode={text_mode!r}: expected one of {', '.join(TEXT_MODES)}")
-        if remat not in REMAT_POLICIES:
-            raise ValueError(f"remat={remat!r}: expected one of {', '.join(REMAT_POLICIES)}")
-        if width % heads or (width // heads) % 2:
-            raise ValueError(f"width={width}: expected an even multiple of heads={heads}")
-        self.patch, self.heads, self.out_channels = patch, heads, out_channels
-        self.text_mode, self.rotary, self.dtype = text_mode, rotary, dtype
-        self.remat, self.unroll = remat, unroll
-        implementation = attention_lib.choose(
-            attention, jax.default_backend(), head_size=width // heads, dtype=dtype
-        )
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, execution: Execution = PLAIN):
+        self.config, self.execution = config, execution
+        c, width, dtype = config, config.width, execution.dtype
         common = {"rngs": rngs, "dtype": dtype}
-        tokens = patch * patch
         normal = nnx.initializers.normal(0.02)
+        patch_channels = c.patch**2 * c.channels
         self.patch_embedding = layers.Dense(
-            tokens * channels, width, axes=("latent", "embed"), **common
+            patch_channels, width, axes=("latent", "embed"), **common
         )
-        self.time_in = layers.Dense(256, width, axes=("frequency", "embed"), init=normal, **common)
+        self.time_in = layers.Dense(
+            TIME_FEATURES, width, axes=("frequency", "embed"), init=normal, **common
+        )
         self.time_out = layers.Dense(width, width, axes=(None, "embed"), init=normal, **common)
-        self.null_text = layers.param(rngs, normal, (text_width,), ("text",))
-        self.text_in = layers.Dense(text_width, width, axes=("text", "embed"), **common)
-        self.pooled_in = layers.Dense(text_width, width, axes=("text", "embed"), **common)
+        self.null_text = layers.param(rngs, normal, (c.text_width,), ("text",))
+        self.text_in = layers.Dense(c.text_width, width, axes=("text", "embed"), **common)
+        self.pooled_in = layers.Dense(c.text_width, width, axes=("text", "embed"), **common)
         self.pooled_out = layers.Dense(width, width, axes=(None, "embed"), init=normal, **common)
 
-        @nnx.split_rngs(splits=depth)
+        @nnx.split_rngs(splits=c.depth)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs):
             return Block(
                 width,
-                heads,
+                c.heads,
                 rngs=rngs,
-                qk_norm=qk_norm,
-                cross_attention=text_mode == "cross_attention",
-                implementation=implementation,
+                cross_attention=c.text_mode == "cross_attention",
+                implementation=execution.attention,
                 dtype=dtype,
             )
 
         self.blocks = stack(rngs)
-        self.final_modulation = layers.Dense(
-            width, 2 * width, axes=("embed", "modulation"), init=_zeros, **common
-        )
+        self.final_modulation = Modulation(width, 2, **common)
         self.final = layers.Dense(
-            width, tokens * out_channels, axes=("embed", "latent"), init=_zeros, **common
+            width, c.patch**2 * c.out_channels, axes=("embed", "latent"), init=_zeros, **common
         )
 
     def __call__(
@@ -286,7 +312,7 @@ class DiT(nnx.Module):
           drop_text_B: bool, examples that see the learned null text instead of theirs.
         """
         _, t, h, w, _ = x_BTHWC.shape
-        p = self.patch
+        p, dtype = self.config.patch, self.execution.dtype
         if h % p or w % p:
             raise ValueError(f"latents of {h}x{w}: expected multiples of the patch {p}")
         if drop_text_B is not None:
@@ -294,48 +320,42 @@ class DiT(nnx.Module):
             text_BSE = jnp.where(drop_text_B[:, None, None], null, text_BSE)
             text_lengths_B = jnp.where(drop_text_B, 1, text_lengths_B)
 
-        text_BSE = layers.layer_normalize(text_BSE.astype(self.dtype))
+        text_BSE = layers.layer_normalize(text_BSE.astype(dtype))
         condition_BD = self._time(time_B) + self._pooled_text(text_BSE, text_lengths_B)
         condition_BD = constrain(condition_BD, "batch", None)
         text_BSD = constrain(self.text_in(text_BSE), "batch", None, None)
-        x_BND = self.patch_embedding(_to_patches(x_BTHWC.astype(self.dtype), p))
+        x_BND = self.patch_embedding(_to_patches(x_BTHWC.astype(dtype), p))
         n, width = x_BND.shape[1:]
         tokens = (t, h // p, w // p)
-        x_BND = x_BND + layers.sinusoidal_positions(tokens, width).astype(self.dtype)
-        head_dim = width // self.heads
-        angles_NK = layers.rotary_angles(tokens, head_dim) if self.rotary else None
-
-        # In context, text follows video, so that the valid tokens of the sequence come first.
-        in_context = self.text_mode == "in_context"
-        if in_context:
+        x_BND = x_BND + layers.sinusoidal_positions(tokens, width).astype(dtype)
+        angles_NK = layers.rotary_angles(tokens, self.config.head_size)
+        text = {"text_BSD": text_BSD, "text_lengths_B": text_lengths_B}
+        if self.config.text_mode == "in_context":
+            # Text follows video, so that the valid tokens of the sequence come first; its
+            # positions do not turn.
             x_BND = jnp.concatenate([x_BND, text_BSD], axis=1)
-            if angles_NK is not None:  # text does not turn
-                angles_NK = jnp.pad(angles_NK, ((0, text_BSD.shape[1]), (0, 0)))
-        x_BND = shard_tokens(x_BND)
+            angles_NK = jnp.pad(angles_NK, ((0, text_BSD.shape[1]), (0, 0)))
+            text = {"lengths_B": n + text_lengths_B}
+        x_BND = self._run_blocks(shard_tokens(x_BND), condition_BD, angles_NK=angles_NK, **text)
+        x_BND = x_BND[:, :n]
+        shift_BND, scale_BND = self.final_modulation(condition_BD, n)
+        out = self.final(modulate(x_BND, shift_BND, scale_BND))
+        return _from_patches(out, (t, h, w), p).astype(jnp.float32)
+
+    def _run_blocks(self, x_BND: jax.Array, condition_BD: jax.Array, **given) -> jax.Array:
         graph, blocks = nnx.split(self.blocks)
 
         def block(x_BND, weights):
-            layer = nnx.merge(graph, weights)
-            y_BND = layer(
-                x_BND,
-                condition_BD,
-                None if in_context else text_BSD,
-                text_lengths_B=None if in_context else text_lengths_B,
-                angles_NK=angles_NK,
-                lengths_B=n + text_lengths_B if in_context else None,
-            )
-            return y_BND, None
+            return nnx.merge(graph, weights)(x_BND, condition_BD, **given), None
 
-        policy = REMAT_POLICIES[self.remat]
+        policy = REMAT_POLICIES[self.execution.remat]
         if policy is not None:
             block = jax.checkpoint(block, policy=policy, prevent_cse=False)
-        x_BND, _ = jax.lax.scan(block, x_BND, nnx.to_pure_dict(blocks), unroll=self.unroll)
-        shift, scale = split_modulation(self.final_modulation(jax.nn.silu(condition_BD)), 2)
-        out = self.final(modulate(x_BND[:, :n], shift, scale))
-        return _from_patches(out, (t, h, w), p).astype(jnp.float32)
+        unroll = self.execution.unroll
+        return jax.lax.scan(block, x_BND, nnx.to_pure_dict(blocks), unroll=unroll)[0]
 
     def _time(self, time_B: jax.Array) -> jax.Array:
-        embedding = layers.timestep_embedding(time_B, 256)
+        embedding = layers.timestep_embedding(time_B, TIME_FEATURES)
         return self.time_out(jax.nn.silu(self.time_in(embedding)))
 
     def _pooled_text(self, text_BSE: jax.Array, lengths_B: jax.Array) -> jax.Array:

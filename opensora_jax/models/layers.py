@@ -6,7 +6,6 @@ table in `opensora_jax.mesh` turns them into shardings.
 Shape suffixes: B batch, N tokens, D features in, F features out, K head size.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,6 +14,7 @@ from flax import nnx
 
 from opensora_jax import mesh
 from opensora_jax.mesh import constrain
+from opensora_jax.models.cpu import add_bias, matmul, mean_over_rows
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 Axes = tuple[str | None, ...]
@@ -31,55 +31,6 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Axes) -
     if len(axes) != len(shape):
         raise ValueError(f"axes={axes}: expected one name for each dimension of shape {shape}")
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=axes)
-
-
-def mean_of_rows(x_NF: jax.Array) -> jax.Array:
-    """Mean (F,) over the rows, as a matmul: XLA's reductions over rows are slow on CPU."""
-    ones = jnp.ones((x_NF.shape[0],), x_NF.dtype)
-    return jnp.dot(ones, x_NF, precision=jax.lax.Precision.HIGHEST) / x_NF.shape[0]
-
-
-def flatten_tokens(x: jax.Array) -> jax.Array:
-    """x with all but the last dimension flattened, for matmuls whose weight gradient is then one
-    plain matmul: on CPU twice as fast as the contraction over two dimensions.
-
-    Where tokens are sharded over devices it is x itself: rows of examples and tokens that are both
-    divided would have to be gathered.
-    """
-    return x if mesh.size("context") > 1 else x.reshape(-1, x.shape[-1])
-
-
-@jax.custom_vjp
-def add_bias(x: jax.Array, bias_F: jax.Array) -> jax.Array:
-    """x + bias over the last dimension; the bias's gradient is summed by a matmul."""
-    return x + bias_F
-
-
-def _add_bias_backward(_, dy):
-    rows = flatten_tokens(dy)
-    if rows.ndim > 2:
-        return dy, jnp.sum(rows, axis=range(rows.ndim - 1))
-    return dy, mean_of_rows(rows) * rows.shape[0]
-
-
-add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def broadcast_to_tokens(x_BD: jax.Array, n: int) -> jax.Array:
-    """x for each of n tokens, (B, n, D); the gradient's sum over tokens is a matmul."""
-    return jnp.broadcast_to(x_BD[:, None], (x_BD.shape[0], n, x_BD.shape[1]))
-
-
-def _broadcast_to_tokens_backward(n, _, dy_BND):
-    ones = jnp.ones((dy_BND.shape[0], 1, n), dy_BND.dtype)
-    dx = jnp.matmul(ones, dy_BND, preferred_element_type=jnp.float32)
-    return (dx[:, 0].astype(dy_BND.dtype),)
-
-
-broadcast_to_tokens.defvjp(
-    lambda x_BD, n: (broadcast_to_tokens(x_BD, n), None), _broadcast_to_tokens_backward
-)
 
 
 class BatchNorm(nnx.Module):
@@ -102,8 +53,8 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
-            mean = mean_of_rows(rows)
-            var = mean_of_rows((rows - mean) ** 2)
+            mean = mean_over_rows(rows)
+            var = mean_over_rows((rows - mean) ** 2)
             for average, new in ((self.mean, mean), (self.var, var * (n / max(n - 1, 1)))):
                 average[...] = 0.9 * average[...] + 0.1 * jax.lax.stop_gradient(new)
         y = (rows - mean) * (jax.lax.rsqrt(var + self.eps) * self.scale[...])
@@ -131,12 +82,10 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # Features are sharded as the kernel is over tensor.
-        rows = constrain(flatten_tokens(x).astype(self.dtype), ..., self.axes[0])
+        x = constrain(x.astype(self.dtype), ..., self.axes[0])
         kernel = mesh.gather(self.kernel[...].astype(self.dtype), self.axes)
-        y = constrain(rows @ kernel, ..., self.axes[1])
-        if self.bias is not None:
-            y = add_bias(y, self.bias[...].astype(self.dtype))
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        y = constrain(matmul(x, kernel), ..., self.axes[1])
+        return y if self.bias is None else add_bias(y, self.bias[...].astype(self.dtype))
 
 
 def rms_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:

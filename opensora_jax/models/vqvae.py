@@ -5,6 +5,7 @@ The same function as the original, so that its checkpoints load (`opensora_jax.c
 Shape suffixes: B batch, T frames, H height, W width, C channels; lower case: the code grid.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -15,6 +16,7 @@ from opensora_jax.mesh import constrain
 from opensora_jax.models import layers
 from opensora_jax.models.codebook import Codebook
 from opensora_jax.models.conv import conv
+from opensora_jax.models.cpu import add_bias
 
 Size3 = tuple[int, int, int]
 
@@ -67,7 +69,7 @@ class Conv(nnx.Module):
             if s == 2:
                 x, w = _fold(x, axis + 1, channel=4), _fold(w, axis, channel=3)
         y = constrain(conv(constrain(x, ..., "conv_in"), w.astype(self.dtype)), ..., "conv_out")
-        return y if self.bias is None else layers.add_bias(y, self.bias[...].astype(self.dtype))
+        return y if self.bias is None else add_bias(y, self.bias[...].astype(self.dtype))
 
 
 class ConvTranspose(nnx.Module):
@@ -109,7 +111,7 @@ class ConvTranspose(nnx.Module):
             if self.stride[axis] == 2:
                 y = _unfold(y, axis + 1, channel=4)
                 y = jax.lax.slice_in_dim(y, 1, y.shape[axis + 1] - 1, axis=axis + 1)
-        return layers.add_bias(y, self.bias[...].astype(self.dtype))
+        return add_bias(y, self.bias[...].astype(self.dtype))
 
 
 def _fold(x: jax.Array, axis: int, channel: int) -> jax.Array:
@@ -191,10 +193,11 @@ class ResidualStack(nnx.Module):
         return jax.nn.relu(self.norm(x))
 
 
-class VQVAE(nnx.Module):
-    """Video (B, T, H, W, 3) in [-0.5, 0.5] <-> codes (B, t, h, w) int32.
+@dataclasses.dataclass(frozen=True)
+class VQVAEConfig:
+    """Which VQ-VAE: what a checkpoint has to say of its weights.
 
-    Args:
+    Attributes:
       n_codes: size of the codebook.
       embedding_dim: dimension of a code.
       n_hiddens: width of the networks.
@@ -203,31 +206,34 @@ class VQVAE(nnx.Module):
       normalize_latents: scale the encoder's output to unit RMS at each position before it is
         quantized; keeps the codebook alive when training from scratch. VideoGPT has it off.
       n_frames: length of the videos it was trained on; longer ones are encoded in windows.
+
+    Raises:
+      ValueError: a downsampling that is not made of strides of 2.
     """
 
-    def __init__(
-        self,
-        *,
-        n_codes: int,
-        embedding_dim: int,
-        n_hiddens: int,
-        n_res_layers: int,
-        downsample: Size3,
-        normalize_latents: bool = False,
-        n_frames: int = 16,
-        rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-    ):
-        downsample = tuple(int(d) for d in downsample)
-        if len(downsample) != 3 or any(d < 1 or d & (d - 1) for d in downsample):
-            raise ValueError(f"downsample={downsample}: expected three powers of two")
-        if max(downsample) == 1:
-            raise ValueError(f"downsample={downsample}: expected at least one factor above 1")
-        self.downsample = downsample
-        self.normalize_latents, self.n_frames = normalize_latents, n_frames
-        self.n_codes, self.embedding_dim = n_codes, embedding_dim
-        self.n_hiddens, self.n_res_layers = n_hiddens, n_res_layers
-        levels = [int(math.log2(d)) for d in downsample]
+    n_codes: int
+    embedding_dim: int
+    n_hiddens: int
+    n_res_layers: int
+    downsample: Size3
+    normalize_latents: bool = False
+    n_frames: int = 16
+
+    def __post_init__(self):
+        # JSON knows no tuples.
+        object.__setattr__(self, "downsample", tuple(int(d) for d in self.downsample))
+        d = self.downsample
+        if len(d) != 3 or any(n < 1 or n & (n - 1) for n in d) or max(d) == 1:
+            raise ValueError(f"downsample={d}: expected three powers of two, one of them above 1")
+
+
+class VQVAE(nnx.Module):
+    """Video (B, T, H, W, 3) in [-0.5, 0.5] <-> codes (B, t, h, w) int32."""
+
+    def __init__(self, config: VQVAEConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.config = config
+        n_hiddens, embedding_dim = config.n_hiddens, config.embedding_dim
+        levels = [int(math.log2(d)) for d in config.downsample]
         strides = [tuple(2 if level > i else 1 for level in levels) for i in range(max(levels))]
         widths = [3] + [n_hiddens] * len(strides)
         common = {"rngs": rngs, "dtype": dtype}
@@ -239,11 +245,11 @@ class VQVAE(nnx.Module):
             ]
         )
         self.encoder_last = Conv(n_hiddens, n_hiddens, 3, **common)
-        self.encoder_stack = ResidualStack(n_hiddens, n_res_layers, **common)
+        self.encoder_stack = ResidualStack(n_hiddens, config.n_res_layers, **common)
         self.pre_vq = Conv(n_hiddens, embedding_dim, 1, **common)
-        self.codebook_state = Codebook(n_codes, embedding_dim, rngs=rngs)
+        self.codebook_state = Codebook(config.n_codes, embedding_dim, rngs=rngs)
         self.post_vq = Conv(embedding_dim, n_hiddens, 1, **common)
-        self.decoder_stack = ResidualStack(n_hiddens, n_res_layers, **common)
+        self.decoder_stack = ResidualStack(n_hiddens, config.n_res_layers, **common)
         # The original's decoder strides an axis in its first levels, not in its last.
         self.decoder_convs = nnx.List(
             [
@@ -259,18 +265,14 @@ class VQVAE(nnx.Module):
         )
 
     @property
-    def arguments(self) -> dict[str, int | bool | list[int]]:
-        """What to construct this model with, for JSON."""
-        names = [
-            "n_codes",
-            "embedding_dim",
-            "n_hiddens",
-            "n_res_layers",
-            "normalize_latents",
-            "n_frames",
-        ]
-        sizes = {name: getattr(self, name) for name in names}
-        return {**sizes, "downsample": list(self.downsample)}
+    def downsample(self) -> Size3:
+        """(T/t, H/h, W/w)."""
+        return self.config.downsample
+
+    @property
+    def n_frames(self) -> int:
+        """Length of the videos it was trained on."""
+        return self.config.n_frames
 
     @property
     def codebook(self) -> jax.Array:
@@ -283,7 +285,7 @@ class VQVAE(nnx.Module):
         for layer in self.encoder_convs:
             h = jax.nn.relu(layer(h))
         z = self.pre_vq(self.encoder_stack(self.encoder_last(h))).astype(jnp.float32)
-        return layers.rms_normalize(z) if self.normalize_latents else z
+        return layers.rms_normalize(z) if self.config.normalize_latents else z
 
     def reconstruct(self, embeddings: jax.Array) -> jax.Array:
         """(B, t, h, w, embedding_dim) -> video (B, T, H, W, 3) float32."""

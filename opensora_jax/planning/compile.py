@@ -1,66 +1,23 @@
 """Compiles a configuration's train step for a slice of TPU chips, none of which need be there."""
 
 import dataclasses
-import importlib.util
 import math
-import os
-import re
 import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from opensora_jax import config as config_lib
-from opensora_jax import hardware
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.planning import synthetic
+from opensora_jax.planning.chips import Slice
 from opensora_jax.planning.hlo import Collective, Program
 from opensora_jax.train import state as state_lib
 from opensora_jax.train import step as step_lib
 from opensora_jax.train.summary import device_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """A slice of TPU chips."""
-
-    name: str
-    chip: hardware.Chip
-    devices: Sequence[jax.Device]
-
-
-def tpu_slice(name: str) -> Slice:
-    """The slice of a name such as v5p:4x4x8.
-
-    Raises:
-      ValueError: if there is none of this name.
-      ModuleNotFoundError: without the TPU compiler.
-    """
-    kind, _, shape = name.partition(":")
-    expected = "a chip and the shape of a slice, such as v5e:4x4, v5p:4x4x8 or v6e:16x16"
-    if kind not in hardware.CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ValueError(f"--topology={name}: expected {expected}")
-    if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("the TPU compiler is missing: pip install -e '.[tpu]'")
-    # Else the compiler's library asks the network what machine it is on, complains, and locks it.
-    for variable, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": f"{kind}-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once
-    }.items():
-        os.environ.setdefault(variable, value)
-    try:
-        topology = topologies.get_topology_desc(name, platform="tpu")
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).split(": ", 1)[-1]
-        raise ValueError(f"--topology={name}: expected {expected} ({reason})") from error
-    return Slice(name, hardware.CHIPS[kind], topology.devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,16 +129,10 @@ def make(config: ConfigDict, where: Slice) -> Plan:
     Raises:
       ValueError: for a configuration that does not fit the slice's number of devices.
     """
-    config = config.copy_and_resolve_references()
-    # What "auto" means depends on the device that it runs on.
-    if config.dit.dtype == "auto":
-        config.dit.dtype = "bfloat16"
-    if config.dit.attention == "auto":
-        config.dit.attention = "splash"
     config_lib.check(config, where.devices)
     mesh = mesh_lib.make_mesh(config.mesh, where.devices)
     synthetic.check_sequence(config, mesh)
-    training = synthetic.training(config)
+    training = synthetic.training(config, platform="tpu")
     state = state_lib.abstract(training.task, training.tx, mesh)
     over_data = NamedSharding(mesh, mesh_lib.BATCH)
     batch = {

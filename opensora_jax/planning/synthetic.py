@@ -36,16 +36,21 @@ def text_length(config: ConfigDict) -> int:
     return config.dit.text_length or _TEXT_LENGTH
 
 
-def training(config: ConfigDict) -> build.DiTTraining:
-    """The training of `config.dit` on a random codebook of the size of `config.vqvae`."""
+def training(config: ConfigDict, platform: str | None = None) -> build.DiTTraining:
+    """The training of `config.dit` on a random codebook of the size of `config.vqvae`.
+
+    Args:
+      platform: cpu, gpu or tpu, that it is to run on; None: what this process runs on.
+    """
     size = (config.vqvae.n_codes, config.vqvae.embedding_dim)
     table = np.random.default_rng(0).standard_normal(size, np.float32)
     return build.dit_training(
         config,
-        Latents.from_table(table),
+        Latents(table),
         grid=latent_grid(config),
         text_length=text_length(config),
         text_width=config.bench.text_width,
+        platform=platform,
     )
 
 

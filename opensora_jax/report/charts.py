@@ -18,6 +18,7 @@ _MAX_POINTS = 1000
 _LOG_RATIO = 30
 _STYLE = {
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # also that with dollar signs
     "font.size": 9.5,
     "axes.formatter.limits": (-3, 4),
     **{f"{name}.color": _TEXT_COLOR for name in ("text", "xtick", "ytick")},

@@ -1,21 +1,26 @@
 """The stage that trains the DiT on an Arrow dataset."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from opensora_jax import files, rngs
 from opensora_jax import mesh as mesh_lib
-from opensora_jax import rngs
+from opensora_jax.build import networks
 from opensora_jax.build import training as build
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert.dit import open_blocks
 from opensora_jax.data import dataset, pipeline
 from opensora_jax.data.dataset import LatentDataset
-from opensora_jax.inference.generator import Generator
+from opensora_jax.diffusion import objectives
+from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.train import loop
 from opensora_jax.train.state import TrainState
@@ -32,7 +37,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Trains `workdir`/dit to `config.dit.steps`.
 
     Beside checkpoints and metrics it writes sample videos, samples/stepNNNNNN/*.mp4 with their
-    prompts in prompts.json, if the VQ-VAE that the dataset names is there to decode them.
+    prompts in prompts.json, if the tokenizer that the dataset names is there to decode them. A
+    training that is done asks for no dataset.
 
     Raises:
       DatasetError: no dataset, or one that is not as expected.
@@ -41,41 +47,38 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     c = config.dit
     folder = epath.Path(workdir) / "dit"
+    if build.is_trained(folder, c.steps):
+        _expect_same_model(c, folder)
+        logger.info("dit: %s: done already", folder)
+        return
     data = dataset.open_dataset(config.data.dataset or epath.Path(workdir) / "dataset")
     n_frames = c.n_latent_frames or int(data.latent_shapes[:, 0].min())
     text_length = c.text_length or int(data.text_lengths.max())
     rows, validation_rows = _usable_rows(data, n_frames, c.validation_share)
     grid = (n_frames, *(int(n) for n in data.latent_shapes[0, 1:]))
-    latents = Latents(data.codebook, data.code_counts)
     training = build.dit_training(
         config,
-        latents,
+        Latents.normalized(data.codebook, data.code_counts),
         grid=grid,
         text_length=text_length,
         text_width=data.metadata["text_width"],
     )
-    task = training.task
-    mesh = mesh_lib.make_mesh(config.mesh)
+    task, mesh = training.task, mesh_lib.make_mesh(config.mesh)
     build.check_sequence(c, mesh, grid, text_length)
     start_from = dict
-    if c.init_from:  # checked before the folder is claimed, so that sizes can still be changed
-        start_from = open_blocks(c.init_from, build.dit_maker(training.dit, dtype=c.dtype))
-    checkpoint.record_model(
-        folder,
-        {
-            "dit": training.dit,
-            "latent_grid": list(grid),
-            "text_length": text_length,
-            **{k: c[k] for k in ("objective", "time_shift", "prediction")},
-            "latent_table": latents.table.tolist(),
-            **{k: data.metadata[k] for k in ("vqvae", "text_model", "fps", "downsample")},
-        },
+    if c.init_from:  # checked before the folder is taken, so that sizes can still be changed
+        start_from = open_blocks(c.init_from, task.config)
+    description = DiTDescription(
+        dit=task.config,
+        objective=task.objective,
+        latents=task.latents,
+        latent_grid=grid,
+        text_length=text_length,
+        **{name: data.metadata[name] for name in ("vqvae", "text_model", "fps", "downsample")},
     )
-    if build.is_trained(folder, c.steps):
-        logger.info("dit: %s: done already", folder)
-        return
+    checkpoint.record_model(folder, description.to_json())
 
-    def batches(rows: np.ndarray, seed: int | None):
+    def batches(rows: np.ndarray, seed: int | None) -> Iterator[dict[str, np.ndarray]]:
         return pipeline.latents(
             data,
             rows,
@@ -87,12 +90,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     evaluations = []
     if len(validation_rows):
-        evaluations.append(
-            loop.Evaluation(c.eval_every, _validation(task, batches(validation_rows, 0), mesh))
-        )
-    evaluations.append(
-        loop.Evaluation(c.eval_every, SampleVideos(config, folder, task, data, validation_rows))
-    )
+        validation = Validation(task, batches(validation_rows, 0), mesh)
+        evaluations.append(loop.Evaluation(c.eval_every, validation))
+    prompts = list(config.sample.prompts) or _captions(data, validation_rows)
+    samples = SampleVideos(config, folder, task, description, prompts)
+    evaluations.append(loop.Evaluation(c.eval_every, samples))
     loop.fit(
         task,
         training.tx,
@@ -105,9 +107,26 @@ def run(config: ConfigDict, workdir: Path) -> None:
         throughput=training.throughput,
         evaluations=evaluations,
         start_from=start_from,
-        config=build.recorded(config, "dit"),
+        config=build.recorded(config, "dit", "sample"),
     )
     build.mark_trained(folder, c.steps)
+
+
+def _expect_same_model(c: ConfigDict, folder: epath.Path) -> None:
+    """Sees that what was trained in `folder` is what `config.dit` asks for.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    found = checkpoint.read_model(folder)
+    there = DiTDescription.read(folder).dit
+    sizes = {"channels": there.channels, "text_width": there.text_width}
+    asked = networks.dit_config(c, out_channels=there.out_channels, **sizes)
+    settings: dict[str, Any] = {"dit": vars(asked)}
+    settings |= objectives.to_fields(objectives.from_fields(c))
+    files.expect_settings(
+        folder / checkpoint.MODEL_FILE, settings, {name: found.get(name) for name in settings}
+    )
 
 
 def _usable_rows(
@@ -125,18 +144,27 @@ def _usable_rows(
     return rows, validation_rows
 
 
-def _validation(task: DiTTask, batches, mesh):
+def _captions(data: LatentDataset, validation_rows: np.ndarray) -> list[str]:
+    rows = validation_rows if len(validation_rows) else np.arange(len(data))
+    captions = dict.fromkeys(data.column(int(i), "caption") for i in rows[:200])
+    return list(captions)[:N_PROMPTS]
+
+
+class Validation:
     """An evaluation: losses of the averaged weights by noise level, always on the same batches."""
-    step = jax.jit(task.eval_step)
-    held = [mesh_lib.shard_batch(next(batches), mesh) for _ in range(N_VALIDATION_BATCHES)]
 
-    def run(state: TrainState) -> dict[str, float]:
-        with jax.set_mesh(mesh):
-            values = [step(state.ema, batch, rngs.key(0, "validation")) for batch in held]
-        values = jax.device_get(values)
-        return {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+    def __init__(self, task: DiTTask, batches: Iterator[dict[str, np.ndarray]], mesh: Mesh):
+        self._step, self._mesh = jax.jit(task.eval_step), mesh
+        self._batches = [
+            mesh_lib.shard_batch(next(batches), mesh) for _ in range(N_VALIDATION_BATCHES)
+        ]
 
-    return run
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        key = rngs.key(0, "validation")
+        with jax.set_mesh(self._mesh):
+            losses = [self._step(state.ema, batch, key) for batch in self._batches]
+        losses = jax.device_get(losses)
+        return {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
 
 
 class SampleVideos:
@@ -145,14 +173,13 @@ class SampleVideos:
     def __init__(
         self,
         config: ConfigDict,
-        folder: Path,
+        folder: epath.Path,
         task: DiTTask,
-        data: LatentDataset,
-        validation_rows: np.ndarray,
+        description: DiTDescription,
+        prompts: list[str],
     ):
-        self._config, self._folder, self._data = config.sample, folder, data
-        self._seed, self._rows = config.seed, validation_rows
-        self._task = task
+        self._config, self._folder, self._prompts = config, folder, prompts
+        self._task, self._description = task, description
         self._generator: Generator | None = None
 
     def __call__(self, state: TrainState) -> dict[str, float]:
@@ -160,24 +187,19 @@ class SampleVideos:
             return {}  # a process has only its share of the weights
         if self._generator is None:
             try:
-                self._generator = Generator.load(self._folder, self._task)
+                self._generator = Generator(self._description, self._task)
             except FileNotFoundError as error:
                 logger.warning("no sample videos while training: %s", error)
                 return {}
-            self._prompts = list(self._config.prompts) or self._captions()
-        folder = self._folder / "samples" / f"step{int(state.step):06d}"
+        c = self._config.sample
         videos = self._generator.sample(
             self._prompts,
             params=state.ema,
-            steps=self._config.steps,
-            guidance=self._config.guidance,
-            ancestral=self._config.ancestral,
-            seed=self._seed,
+            steps=c.steps,
+            guidance=c.guidance,
+            ancestral=c.ancestral,
+            seed=self._config.seed,
         )
+        folder = self._folder / "samples" / f"step{int(state.step):06d}"
         self._generator.write(folder, self._prompts, videos)
         return {}
-
-    def _captions(self) -> list[str]:
-        rows = self._rows if len(self._rows) else np.arange(len(self._data))
-        captions = dict.fromkeys(self._data.column(int(i), "caption") for i in rows[:200])
-        return list(captions)[:N_PROMPTS]

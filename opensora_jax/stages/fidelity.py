@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from opensora_jax import files
+from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import moving_shapes
-from opensora_jax.files import write_json
 from opensora_jax.inference.generator import Generator
 from opensora_jax.metrics import shapes
 
@@ -15,16 +16,17 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Writes `workdir`/fidelity.json.
+    """Writes `workdir`/fidelity.json, of the DiT's last checkpoint.
 
-    {"seen": {"all", "color", "shape", "direction"}, "held_out": {...}, "n_samples": {...}}: shares
-    of the samples that show what their caption says, for combinations that were trained on and for
-    those that never were.
+    {"step": of that checkpoint, "seen": {"all", "color", "shape", "direction"}, "held_out": {...},
+    "n_samples": {...}}: shares of the samples that show what their caption says, for combinations
+    that were trained on and for those that never were.
     """
     workdir = Path(workdir)
     path = workdir / "fidelity.json"
-    if path.exists():
-        logger.info("fidelity: %s: done already", path)
+    step = checkpoint.latest_step(workdir / "dit")
+    if path.exists() and files.read_json(path).get("step") == step:
+        logger.info("fidelity: %s: done already, at step %s", path, step)
         return
     combinations = [
         moving_shapes.ALL[i % len(moving_shapes.ALL)] for i in range(config.fidelity.n_samples)
@@ -43,10 +45,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
         seed=config.seed + 1,
         batch_size=config.fidelity.batch_size,
     )
-    result = {"n_samples": {}}
+    result = {"step": step, "n_samples": {}}
     for name, group in (("seen", moving_shapes.SEEN), ("held_out", moving_shapes.HELD_OUT)):
         index = [i for i, combination in enumerate(combinations) if combination in group]
-        result[name] = shapes.score(videos[index], [combinations[i] for i in index])
         result["n_samples"][name] = len(index)
-    write_json(path, result)
+        if index:
+            result[name] = shapes.score(videos[index], [combinations[i] for i in index])
+    files.write_json(path, result)
     logger.info("fidelity: %s", json.dumps(result))

@@ -1,37 +1,36 @@
 """Stage and command: videos and captions -> the Arrow dataset of codes and text features.
 
-Videos go through the VQ-VAE in windows of the length that it was trained on. Legend: T frames of a
-window, t frames of its codes, H, W pixels, h, w codes.
+Part by part, videos are decoded, encoded by the VQ-VAE in windows of the length that it was trained
+on, and written. Legend: T frames, H, W pixels; t, h, w codes; S tokens, D features.
 """
 
 import hashlib
 import os
 import shlex
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from opensora_jax import files
-from opensora_jax.data import dataset, video_io
-from opensora_jax.data.captions import read_captions
+from opensora_jax.data import dataset, dataset_writer, video_io
+from opensora_jax.data.captions import expect_a_video, read_captions
+from opensora_jax.data.clips import Clip, Failed, Filtered, decode_clips
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import WindowEncoder, fingerprint, load_tokenizer
 
 _MOST_NAMES = 50  # of left-out videos on the screen; metadata.json names all
+_LONGEST_NAME = 255  # characters of each
 
 
 class PreprocessError(ValueError):
-    """The arguments do not fit each other, or what is already in the output folder."""
-
-
-class _TooShort(video_io.VideoError):
-    pass
+    """The arguments do not fit each other, or the output folder."""
 
 
 def run(config, workdir: str | os.PathLike) -> None:
@@ -40,7 +39,7 @@ def run(config, workdir: str | os.PathLike) -> None:
     Without captions or videos in the config it takes the moving shapes of the stage `shapes`,
     without a VQ-VAE the one of the stage `vqvae`, without a text model a small random one.
     """
-    workdir = Path(workdir)
+    workdir = epath.Path(workdir)
     data, options = config.data, config.preprocess
     captions = data.captions or workdir / "shapes" / "train" / "captions.json"
     text_model = data.text_model
@@ -89,8 +88,11 @@ def preprocess(
     video that cannot be used is left out, and named with its reason in metadata.json.
 
     Args:
-      captions: the captions file; `videos`: the folder that its file names are relative to.
-      vqvae: what `load_tokenizer` reads; `text_model`: what `TextEncoder` reads.
+      captions: the captions file.
+      videos: the folder that its file names are relative to.
+      output: the folder to write, of this machine.
+      vqvae: what `load_tokenizer` reads.
+      text_model: what `TextEncoder` reads.
       resolution: height and width in pixels that videos are resized and cropped to.
       fps: frames per second that videos are resampled to; None keeps each video's own rate.
       max_frames: a video with more frames than this (before resampling) is filtered.
@@ -102,17 +104,24 @@ def preprocess(
       videos_per_part: videos between two points that an interrupted run can go on from.
 
     Raises:
-      CaptionsError, PreprocessError: bad arguments, or an output folder made with others; before
-        any video is read. Likewise what loading the VQ-VAE and the text model raises.
+      ValueError: bad arguments, or an output folder made with others or that cannot be written;
+        before any video is read. Likewise what loading the VQ-VAE and the text model raises.
       PreprocessError: in the end, not one video could be kept.
     """
-    entries = read_captions(captions)
+    _check_output(output)
+    if fps is not None:
+        video_io.check_fps(fps)
+    counts = {
+        "max_frames": max_frames,
+        "videos_per_part": videos_per_part,
+        "batch_size": batch_size,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            raise PreprocessError(f"{name}={value}: expected at least 1")
     videos, output = Path(videos), Path(output)
-    if not any((videos / entry["file"]).is_file() for entry in entries):
-        first = videos / entries[0]["file"]
-        raise PreprocessError(
-            f"videos={videos}: none of the captions' videos is there, not {first}"
-        )
+    entries = read_captions(captions)
+    expect_a_video(entries, videos)
     model = load_tokenizer(vqvae)
     window = window or model.n_frames
     settings = {
@@ -126,7 +135,7 @@ def preprocess(
         "window": min(window, n_frames) if n_frames else window,
         "videos_per_part": videos_per_part,
     }
-    _check_settings(settings, model.downsample, batch_size)
+    _check_downsample(settings, model.downsample)
     if _is_done(output, settings):
         print(f"preprocess: {output}: done already")
         return
@@ -134,7 +143,7 @@ def preprocess(
     metadata = {
         "complete": False,
         "command": _command(captions, videos, output, vqvae, text_model, settings),
-        "vqvae": str(Path(vqvae).absolute()),
+        "vqvae": str(files.absolute(vqvae)),
         "vqvae_fingerprint": settings["vqvae_fingerprint"],
         "text_model": _location(text_model),
         "resolution": settings["resolution"],
@@ -142,92 +151,59 @@ def preprocess(
         "window": settings["window"],
         "settings": settings,
     }
-    output.mkdir(parents=True, exist_ok=True)
-    dataset.write_metadata(output, metadata)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        dataset_writer.write_metadata(output, metadata)
+    except OSError as error:
+        raise PreprocessError(f"output={output}: cannot be written: {error.strerror}") from error
     records = _write_parts(entries, videos, output, model, text_encoder, settings, batch_size)
     _finish(output, metadata, records, np.asarray(model.codebook))
 
 
 def _write_parts(entries, videos, output, model, text_encoder, settings, batch_size):
     """Writes the parts that are still missing; returns the records of all."""
-    records = dataset.read_records(output)
+    records = dataset_writer.read_records(output)
     videos_per_part = settings["videos_per_part"]
     todo = entries[len(records) * videos_per_part :]
-    encode = WindowEncoder(model, settings["window"], batch_size)
+    encoder = WindowEncoder(model, settings["window"], batch_size)
     features = _CaptionFeatures(text_encoder.encode, todo)
-    n_codes = len(model.codebook)
-    n_threads = min(16, os.cpu_count() or 1)
-
-    def read(file):
-        return _read_clip(videos, file, settings, model.downsample[0])
-
-    with (
-        ThreadPoolExecutor(n_threads) as pool,
-        tqdm(total=len(entries), initial=len(entries) - len(todo), unit="video") as bar,
-    ):
-        decoded = _decode_ahead(pool, read, todo, n_threads + 1)
+    decoded = decode_clips(
+        videos,
+        [entry["file"] for entry in todo],
+        resolution=tuple(settings["resolution"]),
+        fps=settings["fps"],
+        max_frames=settings["max_frames"],
+        n_frames=settings["n_frames"],
+        multiple=model.downsample[0],
+    )
+    with tqdm(total=len(entries), initial=len(entries) - len(todo), unit="video") as bar:
         for start in range(0, len(todo), videos_per_part):
             part = todo[start : start + videos_per_part]
-            record, kept = {"kept": 0, "filtered": [], "failed": []}, []
-            codes = encode(_usable(islice(decoded, len(part)), record, kept, bar))
+            kept, left_out = [], []
+            for entry, clip in zip(part, islice(decoded, len(part)), strict=True):
+                if isinstance(clip, Clip):
+                    encoder.add(clip.frames_THWC)
+                    kept.append((entry, clip.fps))
+                else:
+                    left_out.append(clip)
+                bar.update()
             rows = [
                 {"video_file": entry["file"], dataset.CODES: codes_thw, "caption": text, "fps": fps}
-                for (entry, fps), codes_thw in zip(kept, codes, strict=True)
+                for (entry, fps), codes_thw in zip(kept, encoder.finish(), strict=True)
                 for text in entry["captions"]
             ]
             text_features = features.compute([row["caption"] for row in rows])
             for row, text_SD in zip(rows, text_features, strict=True):
                 row[dataset.TEXT] = text_SD
             features.forget([caption for entry in part for caption in entry["captions"]])
-            record["kept"] = len(kept)
-            dataset.write_part(output, len(records), rows, n_codes, record)
+            record = {
+                "kept": len(kept),
+                "filtered": [asdict(clip) for clip in left_out if isinstance(clip, Filtered)],
+                "failed": [asdict(clip) for clip in left_out if isinstance(clip, Failed)],
+            }
+            dataset_writer.write_part(output, len(records), rows, len(model.codebook), record)
             records.append(record)
     return records
-
-
-def _decode_ahead(
-    pool: ThreadPoolExecutor, read: Callable, entries: list[dict], ahead: int
-) -> Iterator[tuple[dict, Future]]:
-    """Yields the entries in order, each with its decoding, of which `ahead` are under way."""
-    under_way = deque()
-    for entry in entries:
-        under_way.append((entry, pool.submit(read, entry["file"])))
-        if len(under_way) > ahead:
-            yield under_way.popleft()
-    while under_way:
-        yield under_way.popleft()
-
-
-def _usable(decoded, record, kept, bar) -> Iterator[np.ndarray]:
-    """Yields the frames of videos that can be used, noting which in `kept` and `record`."""
-    for entry, decoding in decoded:
-        try:
-            frames_THWC, fps = decoding.result()
-        except video_io.VideoError as error:
-            kind = "filtered" if isinstance(error, video_io.TooLong | _TooShort) else "failed"
-            reason = str(error).split(f"{entry['file']}: ", 1)[-1]
-            record[kind].append({"file": entry["file"], "reason": reason})
-        else:
-            kept.append((entry, fps))
-            yield frames_THWC
-        bar.update()
-
-
-def _read_clip(folder: Path, file: str, settings: dict, t_downsample: int):
-    """uint8 (T, H, W, 3), T a multiple of the temporal downsampling, and its frames per second."""
-    path = folder / file
-    fps = settings["fps"] or video_io.probe(path).fps
-    frames_THWC = video_io.read_video(
-        path,
-        resolution=tuple(settings["resolution"]),
-        fps=settings["fps"],
-        n_frames=settings["n_frames"],
-        max_frames=settings["max_frames"],
-    )
-    needed = settings["n_frames"] or t_downsample
-    if len(frames_THWC) < needed:
-        raise _TooShort(f"{path}: {len(frames_THWC)} frames, expected at least {needed}")
-    return frames_THWC[: len(frames_THWC) // t_downsample * t_downsample], fps
 
 
 class _CaptionFeatures:
@@ -254,7 +230,21 @@ class _CaptionFeatures:
 # -------------------------------------------------------------------- settings and the summary
 
 
-def _check_settings(settings, downsample, batch_size):
+def _check_output(output):
+    """Sees before any work that `output` is a folder, or can become one."""
+    if files.is_remote(output):
+        raise PreprocessError(f"output={output}: expected a folder of this machine")
+    path = Path(output)
+    if os.path.exists(path / "metadata.json"):
+        return  # a finished one need not be written to
+    nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not nearest.is_dir():
+        raise PreprocessError(f"output={output}: {nearest} is a file: expected a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PreprocessError(f"output={output}: cannot be written: {nearest} is read-only")
+
+
+def _check_downsample(settings, downsample):
     t, h, w = downsample
     height, width = settings["resolution"]
     if height < 1 or width < 1 or height % h or width % w:
@@ -267,13 +257,6 @@ def _check_settings(settings, downsample, batch_size):
             raise PreprocessError(
                 f"{key}={value}: expected a multiple of the VQ-VAE's downsampling in time, {t}"
             )
-    if settings["fps"] is not None and not settings["fps"] > 0:
-        raise PreprocessError(f"fps={settings['fps']}: expected more than 0")
-    for key in ("max_frames", "videos_per_part"):
-        if settings[key] < 1:
-            raise PreprocessError(f"{key}={settings[key]}: expected at least 1")
-    if batch_size < 1:
-        raise PreprocessError(f"batch_size={batch_size}: expected at least 1")
 
 
 def _is_done(output, settings):
@@ -282,8 +265,9 @@ def _is_done(output, settings):
     if not path.exists():
         return False
     metadata = dataset.read_metadata(output)
-    files.expect_settings(path, settings, metadata.get("settings", {}))
-    return metadata["complete"]
+    found = metadata.get("settings")
+    files.expect_settings(path, settings, found if isinstance(found, dict) else {})
+    return metadata.get("complete", False)
 
 
 def _sha256(path):
@@ -322,12 +306,15 @@ def _finish(output, metadata, records, codebook):
         metadata[kind] = [video for record in records for video in record[kind]]
         counts[kind] = len(metadata[kind])
     if counts["kept"]:
-        n_rows = dataset.finish_dataset(output, {**metadata, "counts": counts}, codebook)
+        n_rows = dataset_writer.finish_dataset(output, {**metadata, "counts": counts}, codebook)
         print(f"preprocess: {output}: {n_rows} rows of {counts['kept']} videos")
     for kind in ("filtered", "failed"):
         print(f"preprocess: {counts[kind]} videos {kind}")
         for video in metadata[kind][:_MOST_NAMES]:
-            print(f"  {video['file']}: {video['reason']}")
+            file = video["file"]
+            file = file if len(file) <= _LONGEST_NAME else files.short(file)
+            # A file name need not be text.
+            print(f"  {file}: {video['reason']}".encode(errors="backslashreplace").decode())
         if counts[kind] > _MOST_NAMES:
             print(f"  ... and {counts[kind] - _MOST_NAMES} more: see metadata.json")
     if not counts["kept"]:

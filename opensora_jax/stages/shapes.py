@@ -1,5 +1,6 @@
 """The shapes stage: writes the moving shapes dataset, a training and a held-out split."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -28,7 +29,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
         "held_out": (shapes.n_held_out, moving_shapes.ALL, config.seed + 1),
     }
     for split, (n_videos, combinations, seed) in splits.items():
-        folder = Path(workdir) / "shapes" / split
+        folder = split_folder(workdir, split)
         wrote = moving_shapes.write_dataset(
             folder,
             n_videos=n_videos,
@@ -40,3 +41,19 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
             n_captions=shapes.n_captions,
         )
         logger.info("shapes: %s: %s", folder, "written" if wrote else "done already")
+
+
+def split_folder(workdir: str | os.PathLike, split: str) -> Path:
+    """The folder of a split, train or held_out: captions.json and videos/."""
+    return Path(workdir) / "shapes" / split
+
+
+def labelled_videos(
+    workdir: str | os.PathLike, split: str
+) -> tuple[list[Path], list[tuple[str, str, str]]]:
+    """The videos of a split, if it is there, and the (color, shape, direction) of each."""
+    folder = split_folder(workdir, split)
+    path = folder / "captions.json"
+    entries = json.loads(path.read_text()) if path.exists() else []
+    paths = [folder / "videos" / entry["file"] for entry in entries]
+    return paths, [(e["color"], e["shape"], e["direction"]) for e in entries]

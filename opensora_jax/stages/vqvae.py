@@ -1,12 +1,14 @@
 """The stage that trains the VQ-VAE from a folder of videos."""
 
-import json
+import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from opensora_jax import files
@@ -15,6 +17,7 @@ from opensora_jax.build import training as build
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import pipeline, video_io
 from opensora_jax.metrics import pixel, shapes
+from opensora_jax.stages import shapes as shapes_stage
 from opensora_jax.tasks.vqvae import VQVAETask
 from opensora_jax.train import loop
 from opensora_jax.train.state import TrainState
@@ -39,36 +42,29 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     c = config.vqvae
     folder = epath.Path(workdir) / "vqvae"
-    make_model = build.vqvae_maker(c)
-    task = VQVAETask(make_model, (int(c.quantize_from * c.steps), int(c.quantize_to * c.steps)))
-    checkpoint.record_model(folder, task.arguments)
+    task = build.vqvae_task(c)
+    checkpoint.record_model(folder, dataclasses.asdict(task.config))
     if build.is_trained(folder, c.steps):
         logger.info("vqvae: %s: done already", folder)
         return
-    videos = Path(config.data.videos or Path(workdir) / "shapes" / "train" / "videos")
-    source = pipeline.ClipSource(
-        pipeline.find_videos(videos), c.n_frames, c.resolution, c.fps or None
-    )
-    if all(source.clip(i, np.random.default_rng(0)) is None for i in range(len(source))):
-        raise ValueError(
-            f"{videos}: none of the {len(source)} videos can be used: expected readable videos of "
-            f"at least vqvae.n_frames={c.n_frames} frames"
-        )
+    made = shapes_stage.split_folder(workdir, "train") / "videos"
+    paths = pipeline.find_videos(config.data.videos or made)
+    source = clip_source(config, paths)
     mesh = mesh_lib.make_mesh(config.mesh)
-    batches = pipeline.clips(source, seed=config.seed, **build.local_share(mesh, c.batch_size))
-    held_out = HeldOut(config, workdir, source)
+    kind, videos = evaluation_videos(config, workdir, paths)
+    evaluate = Reconstruction(task, mesh, kind, videos, batch_size=c.batch_size)
     tx, schedule = build.optimizer(c)
     loop.fit(
         task,
         tx,
         schedule,
-        batches,
+        pipeline.clips(source, seed=config.seed, **build.local_share(mesh, c.batch_size)),
         mesh=mesh,
         folder=folder,
         settings=build.loop_settings(c, config.profile),
         step_settings=build.step_settings(c, config.seed),
         throughput=build.throughput(_tokens(c)),
-        evaluations=[loop.Evaluation(c.eval_every, lambda state: held_out(task, state, folder))],
+        evaluations=[loop.Evaluation(c.eval_every, lambda state: evaluate(state, folder))],
         config=build.recorded(config, "vqvae"),
     )
     build.mark_trained(folder, c.steps)
@@ -81,75 +77,112 @@ def _tokens(c: ConfigDict) -> int:
     return c.batch_size * int(np.prod(grid))
 
 
-class HeldOut:
-    """Reconstructs videos: the held-out moving shapes, a given folder's, or some of training's."""
+def clip_source(config: ConfigDict, paths: Sequence[Path]) -> pipeline.ClipSource:
+    """Clips of these videos as `config.vqvae` wants them.
 
-    def __init__(self, config: ConfigDict, workdir: Path, training: pipeline.ClipSource):
-        c = config.vqvae
-        shapes_folder = Path(workdir) / "shapes" / "held_out"
-        folder = config.data.held_out_videos
-        self._labels = None
-        source = training
-        if folder:
-            paths = pipeline.find_videos(folder)
-        elif not config.data.videos and shapes_folder.is_dir():
-            entries = json.loads((shapes_folder / "captions.json").read_text())
-            paths = [shapes_folder / "videos" / entry["file"] for entry in entries]
-            self._labels = [(e["color"], e["shape"], e["direction"]) for e in entries]
-        else:
-            paths = None
-        if paths is not None:
-            source = pipeline.ClipSource(paths, c.n_frames, c.resolution, c.fps or None)
-        n = min(N_EVALUATED, len(source))
-        clips = [source.clip(i, np.random.default_rng(i)) for i in range(n)]
-        usable = [clip["video"] for clip in clips if clip is not None]
-        if not usable:
-            raise ValueError(
-                f"{source}: none of the first {n} can be used: expected readable videos of at "
-                f"least vqvae.n_frames={c.n_frames} frames"
-            )
-        self._videos = np.stack(usable)
-        self._batch_size = min(c.batch_size, len(self._videos))
-        self._fps = c.fps or config.shapes.fps
-        self._eval_step = None
+    Raises:
+      ValueError: not one of the videos can be used.
+    """
+    c = config.vqvae
+    source = pipeline.ClipSource(paths, c.n_frames, c.resolution, c.fps or None)
+    if all(source.clip(i, np.random.default_rng(0)) is None for i in range(len(source))):
+        raise ValueError(
+            f"{paths[0].parent}: none of the {len(paths)} videos can be used: expected readable "
+            f"videos of at least vqvae.n_frames={c.n_frames} frames"
+        )
+    return source
 
-    def __call__(self, task: VQVAETask, state: TrainState, folder: Path) -> dict[str, float]:
-        mesh = jax.tree.leaves(state.params)[0].sharding.mesh
-        if self._eval_step is None:
-            # Whole, so that every process can read it.
-            self._eval_step = jax.jit(task.eval_step, out_shardings=mesh_lib.replicated(mesh))
-        recons, codes = [], []
-        n = len(self._videos)
-        for start in range(0, n, self._batch_size):
-            # The last batch is filled up, so that one compilation serves all.
-            index = np.minimum(np.arange(start, start + self._batch_size), n - 1)
-            with jax.set_mesh(mesh):
-                _, out = self._eval_step(state.ema, state.extra, {"video": self._videos[index]})
-            recons.append(np.asarray(out["recon"])[: n - start])
-            codes.append(np.asarray(out["codes"])[: n - start])
-        recons, codes = np.concatenate(recons), np.concatenate(codes)
-        counts = np.bincount(codes.reshape(-1), minlength=task.n_codes)
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationVideos:
+    """Clips to reconstruct.
+
+    Attributes:
+      clips: uint8 (N, T, H, W, 3).
+      fps: frames a second that they are shown at.
+      labels: (color, shape, direction) of each, of moving shapes.
+    """
+
+    clips: np.ndarray
+    fps: float
+    labels: list[tuple[str, str, str]] | None = None
+
+
+def evaluation_videos(
+    config: ConfigDict, workdir: Path, training: Sequence[Path]
+) -> tuple[str, EvaluationVideos]:
+    """("held_out", those of the configuration or of the held-out moving shapes), or, where there
+    are none, ("train", some of the training videos)."""
+    kind, paths, labels = "held_out", None, None
+    if config.data.held_out_videos:
+        paths = pipeline.find_videos(config.data.held_out_videos)
+    elif not config.data.videos:
+        paths, labels = shapes_stage.labelled_videos(workdir, "held_out")
+    if not paths:
+        kind, paths = "train", training
+    paths = paths[:N_EVALUATED]
+    source = clip_source(config, paths)
+    found = [source.clip(i, np.random.default_rng(i)) for i in range(len(paths))]
+    usable = [i for i, clip in enumerate(found) if clip is not None]
+    fps = config.vqvae.fps or video_io.probe(paths[usable[0]]).fps
+    clips = np.stack([found[i]["video"] for i in usable])
+    return kind, EvaluationVideos(clips, fps, labels and [labels[i] for i in usable])
+
+
+class Reconstruction:
+    """An evaluation: what is left of videos as codes.
+
+    Args:
+      kind: "held_out" or "train", which videos they are; the metrics are named after it.
+    """
+
+    def __init__(
+        self, task: VQVAETask, mesh: Mesh, kind: str, videos: EvaluationVideos, *, batch_size: int
+    ):
+        self._task, self._mesh, self._kind, self._videos = task, mesh, kind, videos
+        self._batch_size = min(batch_size, len(videos.clips))
+        # Whole, so that every process can read it.
+        self._eval_step = jax.jit(task.eval_step, out_shardings=mesh_lib.replicated(mesh))
+
+    def __call__(self, state: TrainState, folder: epath.Path) -> dict[str, float]:
+        originals = self._videos.clips
+        recons, codes = self._reconstruct(state)
+        counts = np.bincount(codes.reshape(-1), minlength=self._task.config.n_codes)
         p = counts[counts > 0] / counts.sum()
-        pairs = list(zip(self._videos, recons, strict=True))
+        pairs = list(zip(originals, recons, strict=True))
         result = {
             "psnr": float(np.mean([pixel.psnr(a, b) for a, b in pairs])),
             "ssim": float(np.mean([pixel.ssim(a, b) for a, b in pairs])),
             "perplexity": float(np.exp(-(p * np.log(p)).sum())),
             "codes_used": int((counts > 0).sum()),
         }
-        if self._labels:
-            score = shapes.score(recons, self._labels[:n])
+        if self._videos.labels:
+            score = shapes.score(recons, self._videos.labels)
             result |= {f"detected_{name}": value for name, value in score.items()}
         if jax.process_index() == 0:
             self._write(folder, int(state.step), recons, result, counts)
-        return {f"held_out/{name}": float(value) for name, value in result.items()}
+        return {f"{self._kind}/{name}": float(value) for name, value in result.items()}
+
+    def _reconstruct(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
+        """Of all videos, (uint8 reconstructions, codes)."""
+        videos = self._videos.clips
+        n, size = len(videos), self._batch_size
+        recons, codes = [], []
+        for start in range(0, n, size):
+            # The last batch is filled up, so that one compilation serves all.
+            index = np.minimum(np.arange(start, start + size), n - 1)
+            with jax.set_mesh(self._mesh):
+                _, out = self._eval_step(state.ema, state.extra, {"video": videos[index]})
+            recons.append(np.asarray(out["recon"])[: n - start])
+            codes.append(np.asarray(out["codes"])[: n - start])
+        return np.concatenate(recons), np.concatenate(codes)
 
     def _write(self, folder, step, recons, result, counts) -> None:
         chosen = np.linspace(0, len(recons) - 1, min(N_SHOWN, len(recons))).astype(int)
-        rows = [np.concatenate(list(v[chosen]), axis=2) for v in (self._videos, recons)]
+        rows = [np.concatenate(list(v[chosen]), axis=2) for v in (self._videos.clips, recons)]
         samples = folder / "samples"
         samples.mkdir(exist_ok=True)
         with files.local(samples / f"step{step:06d}.mp4") as path:
-            video_io.write_video(path, np.concatenate(rows, axis=1), self._fps)
-        written = {"step": step, **result, "code_counts": counts.tolist()}
+            video_io.write_video(path, np.concatenate(rows, axis=1), self._videos.fps)
+        written = {"step": step, "videos": self._kind, **result, "code_counts": counts.tolist()}
         files.write_json(folder / "reconstruction.json", written)

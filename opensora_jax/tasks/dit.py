@@ -1,7 +1,6 @@
 """Training of the DiT on code embeddings, and sampling, with either objective."""
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -12,35 +11,36 @@ from jax.sharding import Mesh
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.diffusion import samplers
 from opensora_jax.diffusion.objectives import Network, Objective
+from opensora_jax.mesh import PyTree
 from opensora_jax.models.codebook import nearest_codes
-from opensora_jax.models.dit import DiT
-
-PyTree = Any
+from opensora_jax.models.dit import PLAIN, DiT, DiTConfig, Execution
 
 # Where validation measures the loss: losses look flat over training when levels are mixed.
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Latents:
-    """Code embeddings normalized per channel by the data's code frequencies.
+    """Normalized embeddings of codes.
 
-    Args:
-      codebook: (n_codes, dim) float32.
-      code_counts: (n_codes,), how often each code occurs in the data.
+    Attributes:
+      table: (n_codes, dim) float32.
     """
 
-    def __init__(self, codebook: np.ndarray, code_counts: np.ndarray):
+    table: np.ndarray
+
+    @classmethod
+    def normalized(cls, codebook: np.ndarray, code_counts: np.ndarray) -> "Latents":
+        """Embeddings of mean 0 and variance 1 in each channel over the data's codes.
+
+        Args:
+          codebook: (n_codes, dim) float32.
+          code_counts: (n_codes,), how often each code occurs in the data.
+        """
         share = (code_counts / code_counts.sum())[:, None]
         mean = (codebook * share).sum(axis=0)
         std = np.sqrt((((codebook - mean) ** 2) * share).sum(axis=0))
-        self.table = np.asarray((codebook - mean) / np.maximum(std, 1e-6), np.float32)
-
-    @classmethod
-    def from_table(cls, table: np.ndarray) -> "Latents":
-        """From embeddings (n_codes, dim) that are normalized already."""
-        latents = cls.__new__(cls)
-        latents.table = table
-        return latents
+        return cls(np.asarray((codebook - mean) / np.maximum(std, 1e-6), np.float32))
 
     @property
     def channels(self) -> int:
@@ -61,25 +61,27 @@ class DiTTask:
     """Batches: {"codes": int32 (B, T, H, W), "text": (B, S, D), "text_length": int32 (B,)}.
 
     Args:
+      config: of a model whose output has `objective.outputs` times the latents' channels.
       caption_dropout: share of examples that see the null text, for classifier-free guidance.
-      objective: what the model's output is for; it gives `objective.outputs` times the channels.
     """
 
     def __init__(
         self,
-        make_model: Callable[[nnx.Rngs], DiT],
+        config: DiTConfig,
         latents: Latents,
-        *,
-        caption_dropout: float,
         objective: Objective,
+        *,
+        execution: Execution = PLAIN,
+        caption_dropout: float = 0.0,
     ):
-        self._make_model, self.latents = make_model, latents
-        self._caption_dropout, self._objective = caption_dropout, objective
-        model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+        self.config, self.latents, self.objective = config, latents, objective
+        self._execution, self._caption_dropout = execution, caption_dropout
+        model = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0), execution=execution))
         self._graphdef, self._params, _ = nnx.split(model, nnx.Param, ...)
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        _, params, _ = nnx.split(self._make_model(nnx.Rngs(key)), nnx.Param, ...)
+        model = DiT(self.config, rngs=nnx.Rngs(key), execution=self._execution)
+        _, params, _ = nnx.split(model, nnx.Param, ...)
         return nnx.to_pure_dict(params), {}
 
     def param_shardings(self, mesh: Mesh) -> PyTree:
@@ -100,7 +102,7 @@ class DiTTask:
         level_key, noise_key, drop_key = jax.random.split(key, 3)
         b = batch["codes"].shape[0]
         drop_B = jax.random.uniform(drop_key, (b,)) < self._caption_dropout
-        level_B = self._objective.sample_levels(level_key, b)
+        level_B = self.objective.sample_levels(level_key, b)
         return self._loss(params, batch, level_B, noise_key, drop_B), (extra, {})
 
     def eval_step(
@@ -118,7 +120,7 @@ class DiTTask:
         x_0 = self.latents.from_codes(batch["codes"])
         noise = jax.random.normal(noise_key, x_0.shape)
         network = self._network(params, batch["text"], batch["text_length"], drop_B)
-        return jnp.mean(self._objective.loss(network, x_0, noise, level_B))
+        return jnp.mean(self.objective.loss(network, x_0, noise, level_B))
 
     def _network(self, params, text, text_length, drop_B) -> Network:
         """The model for these texts."""
@@ -151,5 +153,5 @@ class DiTTask:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
             return jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:]))(keys)
 
-        x_0 = self._objective.sample(guided, noise, steps, None if keys_B is None else draw)
+        x_0 = self.objective.sample(guided, noise, steps, None if keys_B is None else draw)
         return self.latents.to_codes(x_0)

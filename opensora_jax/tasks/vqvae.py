@@ -1,18 +1,14 @@
 """Training of the VQ-VAE on video clips."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from opensora_jax import mesh as mesh_lib
+from opensora_jax.mesh import PyTree
 from opensora_jax.models.codebook import perplexity
-from opensora_jax.models.vqvae import VQVAE
-
-PyTree = Any
+from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
 
 
 def to_float(video: jax.Array) -> jax.Array:
@@ -35,16 +31,20 @@ class VQVAETask:
     """
 
     def __init__(
-        self, make_model: Callable[[nnx.Rngs], VQVAE], quantize_between: tuple[int, int] = (-1, 0)
+        self,
+        config: VQVAEConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        quantize_between: tuple[int, int] = (-1, 0),
     ):
+        self.config, self._dtype = config, dtype
         self._quantize_between = quantize_between
-        self._make_model = make_model
-        model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
-        self.arguments, self.n_codes = model.arguments, model.n_codes
+        model = nnx.eval_shape(lambda: VQVAE(config, rngs=nnx.Rngs(0), dtype=dtype))
         self._graphdef, self._params, _ = nnx.split(model, nnx.Param, ...)
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        _, params, extra = nnx.split(self._make_model(nnx.Rngs(key)), nnx.Param, ...)
+        model = VQVAE(self.config, rngs=nnx.Rngs(key), dtype=self._dtype)
+        _, params, extra = nnx.split(model, nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
 
     def param_shardings(self, mesh: Mesh) -> PyTree:
@@ -85,7 +85,7 @@ class VQVAETask:
         return out["recon_loss"] + out["commitment_loss"]
 
     def _metrics(self, out: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        perplexity_, n_used = perplexity(out["codes"], self.n_codes)
+        perplexity_, n_used = perplexity(out["codes"], self.config.n_codes)
         return {
             "recon_loss": out["recon_loss"],
             "commitment_loss": out["commitment_loss"],

@@ -93,9 +93,10 @@ def test_gelu_half_precision_and_old_buffers(folder, tensors):
 
 def test_defaults_of_the_config(folder):
     """config.json may leave out what equals the defaults of transformers."""
-    (folder / "config.json").write_text('{"model_type": "clip", "text_config": {}}')
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip_text_model", **sizes}))
     shutil.copy(GOLDEN / "model.safetensors", folder)
-    with pytest.raises(ValueError, match=r"token_embedding.*\(99, 32\), expected \(49408, 512\)"):
+    with pytest.raises(ValueError, match=r"token_embedding.*\(99, 32\), expected \(49408, 32\)"):
         load_clip_text(folder)
 
 
@@ -110,11 +111,11 @@ def test_wrong_weights_are_named(folder, tensors):
         load_clip_text(folder)
     message = str(error.value)
     assert str(folder) in message
-    assert "missing text_model.encoder.layers.1.mlp.fc1.bias (64,)" in message
-    assert "unexpected text_model.encoder.layers.1.mlp.fc1.biasx" in message
-    assert "unexpected text_model.encoder.layers.2.mlp.fc1.bias" in message
+    assert "missing 'text_model.encoder.layers.1.mlp.fc1.bias' (64,)" in message
+    assert "unexpected 'text_model.encoder.layers.1.mlp.fc1.biasx'" in message
+    assert "unexpected 'text_model.encoder.layers.2.mlp.fc1.bias'" in message
     assert (
-        "text_model.encoder.layers.0.mlp.fc1.weight has shape (32, 64), expected (64, 32)"
+        "'text_model.encoder.layers.0.mlp.fc1.weight' has shape (32, 64), expected (64, 32)"
         in message
     )
     assert message.count(";") == 3  # and nothing else

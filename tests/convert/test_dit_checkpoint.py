@@ -1,6 +1,6 @@
 """Checkpoints of facebookresearch/DiT: the same numbers, and a training that starts from one."""
 
-import functools
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -13,28 +13,19 @@ from torch_writer import New, save
 from opensora_jax.convert import torch_file
 from opensora_jax.convert.dit import open_blocks
 from opensora_jax.models import layers
-from opensora_jax.models.dit import DiT
+from opensora_jax.models.dit import Block, DiTConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT = GOLDEN / "dit_tiny.pt"
 DEPTH, WIDTH, HEADS = 2, 48, 4
 
 
-def make(rngs=None, **given):
-    """A DiT of the checkpoint's sizes; everything around the blocks is of other sizes."""
-    arguments = {
-        "depth": DEPTH,
-        "width": WIDTH,
-        "heads": HEADS,
-        "channels": 3,
-        "out_channels": 3,
-        "patch": 1,
-        "text_width": 6,
-    }
-    return DiT(**arguments | given, rngs=rngs or nnx.Rngs(0))
-
-
-ORIGINAL = {"text_mode": "in_context", "rotary": False, "qk_norm": False}
+# A DiT of the checkpoint's sizes; everything around the blocks is of other sizes.
+CONFIG = DiTConfig(
+    depth=DEPTH, width=WIDTH, heads=HEADS, channels=3, out_channels=3, patch=1, text_width=6
+)
+# Its blocks have no cross-attention.
+ORIGINAL = dataclasses.replace(CONFIG, text_mode="in_context")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +40,7 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def params():
-    return open_blocks(CHECKPOINT, functools.partial(make, **ORIGINAL))()
+    return open_blocks(CHECKPOINT, ORIGINAL)()
 
 
 @pytest.fixture
@@ -62,7 +53,8 @@ def assert_same(a, b):
 
 
 def test_a_block_is_the_original_one(params, golden):
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make(**ORIGINAL)).blocks)
+    original = {"cross_attention": False, "qk_norm": False}
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Block(WIDTH, HEADS, rngs=nnx.Rngs(0), **original)))
     block = jax.jit(lambda weights, x, c: nnx.merge(graph, weights)(x, c))
     for i in range(DEPTH):
         weights = jax.tree.map(lambda w, i=i: w[i], params["blocks"])
@@ -82,7 +74,7 @@ def test_the_embedding_of_time_is_the_original_one(params, golden):
 
 def test_what_loads_and_what_starts_fresh_is_logged(caplog):
     caplog.set_level(logging.INFO, "opensora_jax")
-    params = open_blocks(CHECKPOINT, make)()
+    params = open_blocks(CHECKPOINT, CONFIG)()
     assert set(params) == {"time_in", "time_out", "blocks"}
     assert set(params["blocks"]) == {"attention", "mlp", "modulation"}
     assert set(params["blocks"]["attention"]) == {"query", "key", "value", "out"}
@@ -105,7 +97,7 @@ def test_checkpoints_of_a_training(path, params, tensors, key):
     others = {"model": zeros} if key == "ema" else {}  # the averaged weights come first
     args = New("argparse.Namespace", {"model": "DiT-XL/2", "global_seed": 0})
     save(path, {**others, key: tensors, "opt": {"state": {0: {"step": 7}}}, "args": args})
-    assert_same(open_blocks(path, functools.partial(make, **ORIGINAL))(), params)
+    assert_same(open_blocks(path, ORIGINAL)(), params)
 
 
 def test_other_sizes_are_told_with_both_values(path, tensors):
@@ -115,7 +107,7 @@ def test_other_sizes_are_told_with_both_values(path, tensors):
             rf"depth 2 and width 48, expected depth {ours['depth']} and width {ours['width']}"
         )
         with pytest.raises(ValueError, match=rf"dit_tiny\.pt: .*{expected}"):
-            open_blocks(CHECKPOINT, functools.partial(make, **given))
+            open_blocks(CHECKPOINT, dataclasses.replace(CONFIG, **given))
 
 
 def test_heads_of_a_published_size(path):
@@ -144,9 +136,9 @@ def test_heads_of_a_published_size(path):
             f"{name}.bias": zeros[:n_out],
         }
     save(path, tensors)
-    open_blocks(path, functools.partial(make, **sizes, heads=6))
+    open_blocks(path, dataclasses.replace(CONFIG, **sizes, heads=6))
     with pytest.raises(ValueError, match=r"dit\.pt: a DiT of 6 heads, the configuration says 12"):
-        open_blocks(path, functools.partial(make, **sizes, heads=12))
+        open_blocks(path, dataclasses.replace(CONFIG, **sizes, heads=12))
 
 
 def test_wrong_weights_are_named(path, tensors):
@@ -156,11 +148,11 @@ def test_wrong_weights_are_named(path, tensors):
     changed["blocks.1.mlp.fc1.weight"] = np.zeros((96, 48), np.float32)
     save(path, changed)
     with pytest.raises(ValueError, match=r"dit\.pt: the weights do not fit") as error:
-        open_blocks(path, make)
+        open_blocks(path, CONFIG)
     message = str(error.value)
-    assert message.count("missing blocks.1.attn.qkv.bias (144,)") == 1  # not once for each third
-    assert "unexpected blocks.0.attn.q_norm.weight" in message
-    assert "blocks.1.mlp.fc1.weight has shape (96, 48), expected (192, 48)" in message
+    assert message.count("missing 'blocks.1.attn.qkv.bias' (144,)") == 1  # not once for each third
+    assert "unexpected 'blocks.0.attn.q_norm.weight'" in message
+    assert "'blocks.1.mlp.fc1.weight' has shape (96, 48), expected (192, 48)" in message
     assert message.count(";") == 2  # and nothing else
 
 
@@ -171,15 +163,15 @@ def test_wrong_weights_are_named(path, tensors):
         ({"ema": None}, r"no matrix blocks\.0\.attn\.qkv\.weight"),
         ({"codebook.embeddings": np.zeros((2, 2), np.float32)}, "expected a DiT of facebook"),
         ({"blocks.0.attn.qkv.weight": np.zeros(3, np.float32)}, "no matrix"),
-        ({"blocks.0.attn.qkv.weight": np.zeros((3, 1), np.float32), "x": 3}, "x is a int"),
+        ({"blocks.0.attn.qkv.weight": np.zeros((3, 1), np.float32), "x": 3}, "'x' is a int"),
     ],
 )
 def test_other_files_are_refused(path, content, match):
     save(path, content)
     with pytest.raises(ValueError, match=rf"dit\.pt: .*{match}"):
-        open_blocks(path, make)
+        open_blocks(path, CONFIG)
 
 
 def test_a_file_that_is_not_there(path):
     with pytest.raises(FileNotFoundError, match=r"dit\.pt"):
-        open_blocks(path, make)
+        open_blocks(path, CONFIG)

@@ -181,7 +181,7 @@ def test_safetensors_bfloat16_and_malformed(path):
         ("F32", "[1]", "[0, 3]"),
     ]:
         write_safetensors(path, entry % bad, x.tobytes())
-        with pytest.raises(TorchFileError, match=r"file\.pt: x: "):
+        with pytest.raises(TorchFileError, match=r"file\.pt: 'x': "):
             load(path)
     for header in ("{", "{1}", '{"x": []}', '{"x": {}}'):
         write_safetensors(path, header, b"")
@@ -241,10 +241,10 @@ def test_wrong_files(path, tmp_path):
 
     pickled = Writer().pickle({"x": np.zeros(1000, np.float32)})
     save_pickle(path, pickled, [np.zeros(999, np.float32)])
-    with raises("storage 0: 3996 bytes where 4000"):
+    with raises("storage '0': 3996 bytes, expected 4000"):
         load(path)
     save_pickle(path, pickled)
-    with raises("no archive/data/0"):
+    with raises("no 'archive/data/0'"):
         load(path)
     save_pickle(path, pickled, byteorder="middle")
     with raises("byteorder"):

@@ -56,7 +56,7 @@ def test_nothing_in_a_pickle_runs(path, tmp_path, protocol):
 )
 def test_other_calls_are_named(path, name):
     save(path, {"x": Call(name, ("a",))})
-    with pytest.raises(TorchFileError, match=f"refuses to call {name}"):
+    with pytest.raises(TorchFileError, match=f"refuses to call '{name}'"):
         load(path)
 
 

@@ -150,9 +150,11 @@ def test_wrong_weights_are_named(path):
     with pytest.raises(ValueError, match="weights do not fit") as error:
         load_videogpt(path, downsample=(2, 2, 2))
     message = str(error.value)
-    assert "missing decoder.res_stack.0.block.8.attn_h.fc.bias (8,)" in message
-    assert "unexpected encoder.res_stack.0.block.8.attn_x.fc.bias" in message
-    assert "pre_vq_conv.conv.weight has shape (5, 8, 1, 1, 1), expected (6, 8, 1, 1, 1)" in message
+    assert "missing 'decoder.res_stack.0.block.8.attn_h.fc.bias' (8,)" in message
+    assert "unexpected 'encoder.res_stack.0.block.8.attn_x.fc.bias'" in message
+    assert (
+        "'pre_vq_conv.conv.weight' has shape (5, 8, 1, 1, 1), expected (6, 8, 1, 1, 1)" in message
+    )
     assert message.count(";") == 2  # and nothing else
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from opensora_jax.data.captions import CaptionsError, read_captions
+from opensora_jax.data.captions import CaptionsError, expect_a_video, read_captions
 from opensora_jax.files import write_json
 
 ENTRIES = [
@@ -64,6 +64,9 @@ def test_written_json_reads_back_and_leaves_nothing_else(tmp_path):
         ('[{"file": "a.mp4", "captions": "a"}]', "captions='a': expected a list"),
         ('[{"file": "a.mp4", "captions": ["a", null]}]', r"captions\[1\]=None: expected a string"),
         ('[{"file": "a.mp4", "captions": [" "]}]', r"captions\[0\]=' ': expected a string, not"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"file": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('[{"file": ' + "9" * 10_000 + "}]", "not JSON"),
         (
             '[{"file": "a.mp4", "captions": ["a"]}, {"file": "./a.mp4", "captions": ["b"]}]',
             "entry 1: file='a.mp4' is already at entry 0",
@@ -80,3 +83,39 @@ def test_mistakes_are_named(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CaptionsError, match=r"nowhere\.json: no such file"):
         read_captions(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "x" * 10**6,
+        {"x" * 10**6: 0},
+        {"file": ["x"] * 10**6, "captions": ["a"]},
+        {"file": "../" + "x" * 10**6, "captions": ["a"]},
+        {"file": "a.mp4", "captions": {"x" * 10**6: 1}},
+        {"file": "a.mp4", "captions": [["x" * 10**6]]},
+    ],
+)
+def test_long_values_are_cut(tmp_path, entry):
+    path = write(tmp_path, json.dumps([entry]))
+    with pytest.raises(CaptionsError) as caught:
+        read_captions(path)
+    assert len(str(caught.value)) < len(str(path)) + 300
+
+
+def test_a_folder_is_named(tmp_path):
+    with pytest.raises(CaptionsError, match=rf"{tmp_path}: Is a directory: expected a captions"):
+        read_captions(tmp_path)
+
+
+def test_half_an_emoji_becomes_a_question_mark_and_a_whole_one_stays(tmp_path):
+    path = write(tmp_path, r'[{"file": "a.mp4", "captions": ["cut \ud83d", "whole \ud83d\ude00"]}]')
+    assert read_captions(path)[0]["captions"] == ["cut ?", "whole \U0001f600"]
+
+
+def test_a_folder_without_any_of_the_videos_is_named(tmp_path):
+    entries = [{"file": name, "captions": ["a"]} for name in ("x" * 300, "\ud83d.mp4", "b.mp4")]
+    with pytest.raises(CaptionsError, match="none of the captions' videos is there, not 'xxx"):
+        expect_a_video(entries, tmp_path)
+    (tmp_path / "b.mp4").write_text("")
+    expect_a_video(entries, tmp_path)

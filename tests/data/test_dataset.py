@@ -8,8 +8,9 @@ import datasets
 import numpy as np
 import pytest
 
-from opensora_jax.data import dataset
-from opensora_jax.data.dataset import DatasetError, open_dataset, write_part
+from opensora_jax.data import dataset, dataset_writer
+from opensora_jax.data.dataset import DatasetError, open_dataset
+from opensora_jax.data.dataset_writer import write_part
 
 N_CODES = 50
 METADATA = {
@@ -48,7 +49,7 @@ def make_dataset(folder, part_sizes=(3, 4, 2), **options):
     remaining = iter(rows)
     for index, size in enumerate(part_sizes):
         write_part(folder, index, [next(remaining) for _ in range(size)], N_CODES, EMPTY_RECORD)
-    dataset.finish_dataset(folder, METADATA, make_codebook())
+    dataset_writer.finish_dataset(folder, METADATA, make_codebook())
     return rows
 
 
@@ -133,7 +134,7 @@ def test_a_large_codebook_takes_wider_integers(tmp_path):
     rows = make_rows(1)
     rows[0]["video_latent_states"][0, 0, 0] = 70_000
     write_part(tmp_path, 0, rows, 70_001, EMPTY_RECORD)
-    dataset.finish_dataset(tmp_path, METADATA, np.zeros((70_001, 2)))
+    dataset_writer.finish_dataset(tmp_path, METADATA, np.zeros((70_001, 2)))
     codes = open_dataset(tmp_path)[0]["video_latent_states"]
     assert codes.dtype == np.int32
     assert codes[0, 0, 0] == 70_000
@@ -203,7 +204,7 @@ def test_missing_keys_are_named(tmp_path, key):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_codes": 49}, r"codebook\.npy: shape \(50, 6\): expected .*n_codes=49"),
+        ({"n_codes": 49}, r"codebook\.npy: float32 of shape \(50, 6\): expected .*n_codes=49"),
         ({"n_codes": "50"}, "n_codes='50': expected number of codes"),
         ({"downsample": [4, 4]}, r"downsample=\[4, 4\]: expected"),
         ({"fps": 0}, "fps=0: expected frames per second"),
@@ -211,7 +212,15 @@ def test_missing_keys_are_named(tmp_path, key):
         ({"resolution": [16, 16]}, r"has shape \[\d, 3, 4\]: expected \[T, 4, 4\], resolution"),
         ({"n_rows": 10}, "n_rows=10, but the parts hold 9"),
         ({"code_counts": [1] * N_CODES}, r"code_counts has shape \(50,\) and sum 50: expected"),
+        ({"code_counts": "many"}, "code_counts='many': expected a list of counts"),
         ({"codebook": "other.npy"}, r"other\.npy: not a readable codebook"),
+        ({"codebook": "../codebook.npy"}, r"codebook='\.\./codebook\.npy': expected file name"),
+        ({"fps": float("inf")}, "fps=inf: expected frames per second"),
+        ({"vqvae": ["x" * 10**6]}, "vqvae=.{50,99}: expected path of the VQ-VAE"),
+        ({"text_width": 10**4000}, r"5 wide: expected text_width=.{50,99} as in"),
+        ({"resolution": [10**4000, 16]}, r"expected \[T, .{50,99}, 4\], resolution .{50,99} over"),
+        ({"n_rows": "x" * 10**6}, "n_rows=.{50,99}, but the parts hold 9"),
+        ({"complete": False, "command": "x" * 10**6}, "To finish it, run: .{50,99}$"),
     ],
 )
 def test_metadata_that_does_not_fit_is_refused(tmp_path, changes, message):
@@ -286,8 +295,18 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(DatasetError, match=rf"{file}: not a whole Arrow file"):
         open_dataset(tmp_path)
     file.write_bytes(whole)
+    state = tmp_path / "part-00001" / "state.json"
+    whole = state.read_text()
+    for text in ("{}", '{"_data_files": 3}', '{"_data_files": [{"filename": "../x.arrow"}]}'):
+        state.write_text(text)
+        with pytest.raises(DatasetError, match=r"state\.json: _data_files=.*: expected a list of"):
+            open_dataset(tmp_path)
+    state.write_text(whole)
     np.save(tmp_path / "codebook.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(DatasetError, match=r"codebook\.npy: not a readable codebook"):
+        open_dataset(tmp_path)
+    np.save(tmp_path / "codebook.npy", make_codebook().astype(str))
+    with pytest.raises(DatasetError, match=r"codebook\.npy: <U32 of shape \(50, 6\): expected"):
         open_dataset(tmp_path)
     (tmp_path / "metadata.json").write_text("{")
     with pytest.raises(DatasetError, match=r"metadata\.json: not JSON"):
@@ -302,12 +321,12 @@ def test_a_part_is_whole_or_not_there(tmp_path):
     # Interrupted between the rows and the record that makes them count: written anew.
     write_part(tmp_path, 1, rows, N_CODES, EMPTY_RECORD)
     (tmp_path / "part-00001.json").unlink()
-    assert len(dataset.read_records(tmp_path)) == 1
+    assert len(dataset_writer.read_records(tmp_path)) == 1
     write_part(tmp_path, 1, rows[2:], N_CODES, EMPTY_RECORD)
     # A part of which no video could be used has a record and no rows.
     write_part(tmp_path, 2, [], N_CODES, {"kept": 0, "filtered": ["x"], "failed": []})
-    assert dataset.read_records(tmp_path)[2]["filtered"] == ["x"]
-    dataset.finish_dataset(tmp_path, METADATA, make_codebook())
+    assert dataset_writer.read_records(tmp_path)[2]["filtered"] == ["x"]
+    dataset_writer.finish_dataset(tmp_path, METADATA, make_codebook())
     assert_same_rows(open_dataset(tmp_path), rows)
     assert not list(tmp_path.glob(".*"))
 
@@ -323,4 +342,4 @@ def test_codes_outside_the_codebook_are_not_written(tmp_path):
 def test_a_dataset_without_rows_is_refused(tmp_path):
     write_part(tmp_path, 0, [], N_CODES, EMPTY_RECORD)
     with pytest.raises(DatasetError, match="no rows"):
-        dataset.finish_dataset(tmp_path, METADATA, make_codebook())
+        dataset_writer.finish_dataset(tmp_path, METADATA, make_codebook())

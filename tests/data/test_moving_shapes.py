@@ -141,7 +141,9 @@ def test_whole_dataset_is_left_alone(tmp_path):
 
 def test_other_parameters_are_refused(tmp_path):
     moving_shapes.write_dataset(tmp_path, n_videos=3, **SMALL)
-    with pytest.raises(ValueError, match=r"params\.json.*seed=3.*seed=5"):
+    with pytest.raises(
+        ValueError, match=r"params\.json: made with other settings: seed=5, there 3"
+    ):
         moving_shapes.write_dataset(tmp_path, n_videos=3, **SMALL | {"seed": 5})
 
 
@@ -218,5 +220,5 @@ def test_stage(tmp_path):
     shapes_stage.run(config, tmp_path)
     assert files(tmp_path) == before
     config.shapes.resolution = 64
-    with pytest.raises(ValueError, match=r"resolution=32.*resolution=64"):
+    with pytest.raises(ValueError, match="resolution=64, there 32"):
         shapes_stage.run(config, tmp_path)

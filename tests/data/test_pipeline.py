@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 
-from opensora_jax.data import dataset, pipeline, video_io
+from opensora_jax.data import dataset, dataset_writer, pipeline, video_io
 
 N_ROWS, BATCH = 24, 8
 METADATA = {
@@ -31,8 +31,8 @@ def data(tmp_path_factory):
         }
         for i in range(N_ROWS)
     ]
-    dataset.write_part(folder, 0, rows, 50, {"kept": N_ROWS, "filtered": [], "failed": []})
-    dataset.finish_dataset(folder, METADATA, np.zeros((50, 4), np.float32))
+    dataset_writer.write_part(folder, 0, rows, 50, {"kept": N_ROWS, "filtered": [], "failed": []})
+    dataset_writer.finish_dataset(folder, METADATA, np.zeros((50, 4), np.float32))
     return dataset.open_dataset(folder)
 
 
@@ -73,13 +73,13 @@ def test_an_epoch_has_every_row_once_and_the_next_another_order(data):
 @pytest.mark.parametrize("shares", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 4], [1, 5], [2, 6], [3, 7]]])
 def test_processes_together_load_the_batches_of_one(data, shares):
     whole = draw(latents(data), 6)
-    for places in shares:
-        for batch, part in zip(whole, draw(latents(data, places), 6), strict=True):
+    for indices in shares:
+        for batch, part in zip(whole, draw(latents(data, indices), 6), strict=True):
             for name, array in batch.items():
-                np.testing.assert_array_equal(part[name], array[places])
+                np.testing.assert_array_equal(part[name], array[indices])
 
 
-def test_a_process_reads_only_its_places(data, monkeypatch):
+def test_a_process_reads_only_its_indices(data, monkeypatch):
     read = []
     get = dataset.LatentDataset.__getitem__
     monkeypatch.setattr(
@@ -98,12 +98,12 @@ def test_the_state_goes_on_with_the_same_batches_on_other_processes(data):
     draw(first, 2)
     state = first.get_state()
     assert state == {"next_index": 2}
-    for places in ([0, 1], [6, 7], range(BATCH)):
-        other = latents(data, places)
+    for indices in ([0, 1], [6, 7], range(BATCH)):
+        other = latents(data, indices)
         other.set_state(state)
         for batch, part in zip(whole[2:], draw(other, 4), strict=True):
-            np.testing.assert_array_equal(part["codes"], batch["codes"][places])
-            np.testing.assert_array_equal(part["text"], batch["text"][places])
+            np.testing.assert_array_equal(part["codes"], batch["codes"][indices])
+            np.testing.assert_array_equal(part["text"], batch["text"][indices])
 
 
 def test_without_a_seed_rows_come_once_and_in_order(data):
@@ -129,7 +129,17 @@ def clips(videos, indices=None):
     return pipeline.clips(source, batch_size=6, seed=0, indices=indices)
 
 
-def test_a_video_that_cannot_be_used_gives_its_place_to_the_next(videos, caplog):
+def test_the_videos_of_a_folder_are_those_with_a_videos_suffix(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("b.mp4", "more/a.WEBM", "c.ts", ".b.mp4.1.tmp", "a.json", "a.m3u8", "mp4"):
+        (tmp_path / name).touch()
+    found = [str(path.relative_to(tmp_path)) for path in pipeline.find_videos(tmp_path)]
+    assert found == ["b.mp4", "c.ts", "more/a.WEBM"]
+    with pytest.raises(FileNotFoundError, match="no video files"):
+        pipeline.find_videos(tmp_path / "nowhere")
+
+
+def test_for_a_video_that_cannot_be_used_the_next_stands_in(videos, caplog):
     with caplog.at_level(logging.WARNING):
         batches = draw(clips(videos), 3)
     for batch in batches:
@@ -138,6 +148,6 @@ def test_a_video_that_cannot_be_used_gives_its_place_to_the_next(videos, caplog)
         assert sorted(grays) == [0, 1, 3, 3, 5, 5]
     for name in ("video2.mp4", "video4.mp4"):
         assert sum(name in record.getMessage() for record in caplog.records) == 1
-    for places in ([0, 1, 2], [3, 4, 5]):
-        for batch, part in zip(batches, draw(clips(videos, places), 3), strict=True):
-            np.testing.assert_array_equal(part["video"], batch["video"][places])
+    for indices in ([0, 1, 2], [3, 4, 5]):
+        for batch, part in zip(batches, draw(clips(videos, indices), 3), strict=True):
+            np.testing.assert_array_equal(part["video"], batch["video"][indices])

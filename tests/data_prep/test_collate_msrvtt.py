@@ -131,7 +131,14 @@ def test_a_missing_file_is_named(tmp_path, missing):
     ("text", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "no key 'annotations'"),
+        ("[]", "holds a list: expected an object"),
+        ('{"annotations": 3}', "annotations=3: expected a list"),
+        ('{"annotations": [%s]}' % ("[" * 100_000 + "]" * 100_000), "not JSON"),
+        ('{"annotations": ["%s"]}' % ("x" * 1_000_000), "annotations[0]="),
+        (
+            '{"annotations": [{"image_id": "%s", "caption": "a"}]}' % ("x" * 300),
+            "expected the name",
+        ),
         ('{"annotations": [3]}', "annotations[0]=3: expected an object"),
         (
             '{"annotations": [{"image_id": "video0"}]}',
@@ -148,6 +155,8 @@ def test_mistakes_in_the_annotations_are_named(tmp_path, text, message):
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {path}: ")
     assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert len(done.stderr) < 1000
 
 
 def test_a_list_that_leaves_the_video_folder_is_refused(tmp_path):

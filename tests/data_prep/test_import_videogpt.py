@@ -108,7 +108,7 @@ def test_the_same_sizes_with_other_weights_are_another_model(imported, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"downsample": (4, 8, 8)}, "downsample=(4, 8, 8), expected 4 as its largest factor"),
+        ({"downsample": (4, 8, 8)}, "downsample=(4, 8, 8), expected 2**2 as its largest factor"),
         ({"output": CHECKPOINT}, f"{CHECKPOINT}: a file, expected a folder"),
         ({"n_frames": 6}, "n_frames=6"),
     ],

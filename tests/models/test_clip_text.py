@@ -1,5 +1,6 @@
 """The text tower gives transformers' numbers, whatever stands around the valid tokens."""
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from flax import nnx
 
 from opensora_jax.convert.clip import load_clip_text
-from opensora_jax.models.clip_text import ClipText
+from opensora_jax.models.clip_text import ClipText, ClipTextConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clip_text"
 
@@ -18,9 +19,11 @@ def golden():
     return dict(np.load(GOLDEN / "expected.npz"))
 
 
+CONFIG = ClipTextConfig(vocab_size=11, width=8, depth=3, heads=2, mlp_width=16, max_length=6)
+
+
 def small(**options):
-    sizes = {"vocab_size": 11, "width": 8, "depth": 3, "heads": 2, "mlp_width": 16}
-    return ClipText(**sizes, max_length=6, rngs=nnx.Rngs(0), **options)
+    return ClipText(dataclasses.replace(CONFIG, **options), rngs=nnx.Rngs(0))
 
 
 def test_same_function_as_transformers(golden):
@@ -78,4 +81,4 @@ def test_shapes_are_checked():
     with pytest.raises(ValueError, match="attention_mask"):
         model(np.zeros((1, 4), int), np.ones((1, 3), int))
     with pytest.raises(ValueError, match="heads=3"):
-        ClipText(11, 8, 1, 3, 16, 6, rngs=nnx.Rngs(0))
+        dataclasses.replace(CONFIG, heads=3)

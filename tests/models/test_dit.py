@@ -1,5 +1,6 @@
 """The DiT: adaLN-Zero, text modes, padding, dropped text, rematerialization, precision."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from opensora_jax.models import dit
-from opensora_jax.models.dit import REMAT_POLICIES, TEXT_MODES, DiT
+from opensora_jax.models.dit import REMAT_POLICIES, TEXT_MODES, DiT, DiTConfig, Execution
 
 GRID, CHANNELS, TEXT_WIDTH = (2, 4, 6), 3, 8
 
@@ -18,24 +19,25 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def new(text_mode="cross_attention", **given):
-    return DiT(
-        depth=2,
-        width=24,
-        heads=2,
-        channels=CHANNELS,
-        out_channels=CHANNELS,
-        patch=2,
-        text_width=TEXT_WIDTH,
-        text_mode=text_mode,
-        rngs=nnx.Rngs(0),
-        **given,
-    )
+CONFIG = DiTConfig(
+    depth=2,
+    width=24,
+    heads=2,
+    channels=CHANNELS,
+    out_channels=CHANNELS,
+    patch=2,
+    text_width=TEXT_WIDTH,
+)
 
 
-def make(text_mode="cross_attention", **given):
+def new(text_mode="cross_attention", **execution):
+    config = dataclasses.replace(CONFIG, text_mode=text_mode)
+    return DiT(config, rngs=nnx.Rngs(0), execution=Execution(**execution))
+
+
+def make(text_mode="cross_attention", **execution):
     """(graph, weights) of a tiny DiT whose weights are random where they start at zero."""
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: new(text_mode, **given)))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: new(text_mode, **execution)))
     leaves, tree = jax.tree.flatten(nnx.to_pure_dict(shapes))
     return graph, tree.unflatten(0.2 * normal(i, *leaf.shape) for i, leaf in enumerate(leaves))
 
@@ -169,11 +171,10 @@ def test_bfloat16_is_close_and_float32_outside():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    given = {"depth": 1, "width": 24, "heads": 2, "channels": 3, "out_channels": 3, "patch": 2}
-    for bad in ({"width": 25}, {"heads": 8}, {"text_mode": "concat"}, {"remat": "some"}):
+    for bad in ({"width": 25}, {"heads": 8}, {"text_mode": "concat"}):
         ((name, value),) = bad.items()
         with pytest.raises(ValueError, match=f"{name}={value!r}"):
-            DiT(**given | bad, text_width=8, rngs=nnx.Rngs(0))
+            dataclasses.replace(CONFIG, **bad)
     graph, weights = make()
     with pytest.raises(ValueError, match=r"4x5.*patch 2"):
         call((graph, weights), **inputs() | {"x": normal(0, 3, 2, 4, 5, CHANNELS)})

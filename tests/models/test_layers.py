@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from opensora_jax.models import layers
+from opensora_jax.models import cpu, layers
 
 
 def normal(seed, *shape):
@@ -20,7 +20,7 @@ def test_a_parameter_needs_an_axis_a_dimension():
 
 def test_add_bias_has_the_gradients_of_a_sum():
     x, bias, dy = normal(0, 2, 3, 4), normal(1, 4), normal(2, 2, 3, 4)
-    y, vjp = jax.vjp(layers.add_bias, x, bias)
+    y, vjp = jax.vjp(cpu.add_bias, x, bias)
     np.testing.assert_allclose(y, x + bias, rtol=1e-6)
     dx, dbias = vjp(jnp.asarray(dy))
     np.testing.assert_array_equal(dx, dy)
@@ -30,7 +30,7 @@ def test_add_bias_has_the_gradients_of_a_sum():
 def test_over_tokens_repeats_and_its_gradient_sums():
     x = jnp.arange(6.0).reshape(2, 3)
     dy = jax.random.normal(jax.random.key(0), (2, 5, 3))
-    y, vjp = jax.vjp(lambda x: layers.broadcast_to_tokens(x, 5), x)
+    y, vjp = jax.vjp(lambda x: cpu.broadcast_to_tokens(x, 5), x)
     np.testing.assert_array_equal(y, np.repeat(np.asarray(x)[:, None], 5, axis=1))
     np.testing.assert_allclose(vjp(dy)[0], dy.sum(axis=1), rtol=1e-6, atol=1e-6)
 

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from opensora_jax import hardware, plan
+from opensora_jax import plan
 from opensora_jax.models import flops
 from opensora_jax.models.dit import REMAT_POLICIES
+from opensora_jax.planning import chips, synthetic
 from opensora_jax.planning import compile as aot
-from opensora_jax.planning import synthetic
 from opensora_jax.planning.hlo import Collective, Shape
 
 # Each shipped configuration that names slices, and those slices.
@@ -51,7 +51,7 @@ def planned(kind, shape, axes, **fields):
         devices[place] = Device((*place, 0, 0)[:3])
     mesh = Mesh(devices, axes)
     facts = {
-        "slice": aot.Slice("name", hardware.CHIPS[kind], list(devices.flat)),
+        "slice": chips.Slice("name", chips.CHIPS[kind], list(devices.flat)),
         "mesh": mesh,
         "remat": "full",
         "n_parameters": 1000,
@@ -183,13 +183,13 @@ def test_a_sweep_ranks_what_fits_and_leaves_out_the_rest(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:banana", "4x4"])
 def test_a_wrong_topology(name):
     with pytest.raises(ValueError, match=rf"--topology={name}: expected .*v5p:4x4x8"):
-        aot.tpu_slice(name)
+        chips.tpu_slice(name)
 
 
 def test_without_the_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install -e '.\[tpu\]'"):
-        aot.tpu_slice("v5e:4x4")
+        chips.tpu_slice("v5e:4x4")
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in SHIPPED))
@@ -197,7 +197,7 @@ def test_parameters_are_the_formula_s(name):
     config = shipped(name)
     training = synthetic.training(config)
     params, _ = jax.eval_shape(training.task.init, jax.random.key(0))
-    n = flops.dit_parameters(training.dit)
+    n = flops.dit_parameters(training.task.config)
     assert sum(x.size for x in jax.tree.leaves(params)) == n
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) == 4 * n
 
@@ -210,7 +210,7 @@ def test_shipped_configurations_compile_for_their_slices(name, topology):
     if config.dit.size:
         width, heads = 1152, 16
     config.dit.update(size="", depth=2, width=width, heads=heads)
-    found = aot.make(config, aot.tpu_slice(topology))
+    found = aot.make(config, chips.tpu_slice(topology))
     assert found.fits, plan.report(found)
     assert found.unknown_loops == 0
     # Rematerialization computes the blocks' forward pass again, a third on top, and the kernels of
@@ -238,7 +238,7 @@ def test_a_sweep_of_a_slice(monkeypatch):
     config.preprocess.resolution = 64
     every = plan.candidates
     monkeypatch.setattr(plan, "candidates", lambda *args: itertools.islice(every(*args), 2))
-    table = plan.sweep(config, aot.tpu_slice("v5e:2x2")).splitlines()[2:]
+    table = plan.sweep(config, chips.tpu_slice("v5e:2x2")).splitlines()[2:]
     assert {line.split(" | ")[1] for line in table} == {"full", "offload"}
     assert all(line.startswith("| fsdp=4 | ") for line in table)
 
@@ -246,9 +246,9 @@ def test_a_sweep_of_a_slice(monkeypatch):
 @pytest.mark.slow
 def test_seven_billion_parameters_for_a_slice():
     config = shipped("dit_7b")
-    found = aot.make(config, aot.tpu_slice("v5p:4x4x8"))
+    found = aot.make(config, chips.tpu_slice("v5p:4x4x8"))
     assert found.fits, plan.report(found)
-    assert found.n_parameters == flops.dit_parameters(synthetic.training(config).dit)
+    assert found.n_parameters == flops.dit_parameters(synthetic.training(config).task.config)
     held = found.state_bytes["parameters"] * found.mesh.shape["fsdp"]
     assert held == pytest.approx(4 * found.n_parameters, rel=0.01)  # biases are whole everywhere
 
@@ -256,4 +256,4 @@ def test_seven_billion_parameters_for_a_slice():
 @pytest.mark.slow
 def test_a_slice_that_does_not_exist():
     with pytest.raises(ValueError, match=r"--topology=v5p:3x5: expected .*chips_per_host_bounds"):
-        aot.tpu_slice("v5p:3x5")
+        chips.tpu_slice("v5p:3x5")

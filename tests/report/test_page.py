@@ -1,122 +1,38 @@
-"""The report of a small workdir with real videos and metrics, read back by an HTML parser."""
+"""The report of a small workdir, read back by an HTML parser."""
 
-import base64
+import dataclasses
 import json
-from html.parser import HTMLParser
+import shutil
+from pathlib import Path
 
-import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from made_run import (
+    CONFIG,
+    N_CODES,
+    PROMPTS,
+    SECTIONS,
+    Page,
+    write_dit_metrics,
+    write_rest,
+    write_samples,
+    write_vqvae,
+)
 
-from opensora_jax.data import moving_shapes, video_io
-from opensora_jax.report import page as report
+from opensora_jax.report import sections
+from opensora_jax.stages import report
 from opensora_jax.train.metrics_log import MetricsWriter
 
-CONFIG = ConfigDict({"seed": 7, "sample": {"prompts": ("<b>bold</b>",)}})
-PROMPTS = ("a red circle moves up", "<script>alert('x')</script> & \"quoted\"")
-N_CODES = 16
-VOID = {"meta", "link", "br", "img", "hr", "input"}
 
-
-class Page(HTMLParser):
-    """Tags with attributes, text by the tag around it; complains of tags that do not match."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.source = (folder / "report.html").read_text("utf-8")
-        self.tags, self.texts, self._open = [], [], []
-        self.feed(self.source)
-        self.close()
-        assert not self._open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert tag == self._open.pop()
-
-    def handle_data(self, data):
-        self.texts.append((self._open[-1] if self._open else "", data.strip()))
-
-    def attributes(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    def inside(self, tag):
-        return [text for name, text in self.texts if name == tag and text]
-
-    @property
-    def videos(self):
-        prefix = "data:video/mp4;base64,"
-        sources = [video["src"] for video in self.attributes("video")]
-        assert all(source.startswith(prefix) for source in sources)
-        return [base64.b64decode(source.removeprefix(prefix), validate=True) for source in sources]
-
-
-def write_samples(workdir, step, prompts=PROMPTS):
-    folder = workdir / "dit" / "samples" / f"step{step:06d}"
-    folder.mkdir(parents=True)
-    for i in range(len(prompts)):
-        video = moving_shapes.render(np.random.default_rng(step + i), "red", "circle", "up", 4, 32)
-        video_io.write_video(folder / f"{i:02d}.mp4", video, fps=8)
-    entries = [{"file": f"{i:02d}.mp4", "prompt": prompt} for i, prompt in enumerate(prompts)]
-    (folder / "prompts.json").write_text(json.dumps(entries))
-    return [(folder / entry["file"]).read_bytes() for entry in entries]
-
-
-def write_dit_metrics(workdir):
-    writer = MetricsWriter(workdir / "dit", 0)
-    for step in range(10, 60, 10):
-        writer.write(step, {"loss": 1 / step, "grad_norm": 2.0, "learning_rate": 1e-3})
-    writer.write(50, {"validation_loss": 0.5, "validation_loss/t=0.1": 0.4})
-
-
-def write_vqvae(workdir):
-    samples = workdir / "vqvae" / "samples"
-    samples.mkdir(parents=True)
-    for step in (999_999, 1_000_000):
-        video = moving_shapes.render(np.random.default_rng(step), "blue", "square", "up", 4, 32)
-        video_io.write_video(samples / f"step{step:06d}.mp4", video, fps=8)
-    shares = {f"detected_{name}": 0.75 for name in ("all", "color", "shape", "direction")}
-    counts = [0, 0, 0, *range(1, N_CODES - 2)]
-    figures = {
-        "step": 1_000_000,
-        "psnr": 27.53,
-        "ssim": 0.9,
-        "perplexity": 9.0,
-        "code_counts": counts,
-    }
-    (workdir / "vqvae" / "reconstruction.json").write_text(json.dumps(figures | shares))
-    writer = MetricsWriter(workdir / "vqvae", 0)
-    writer.write(50, {"loss": 1.0, "perplexity": float("nan"), "tokens_per_second": 9e4})
-    writer.write(100, {"loss": 0.01, "perplexity": 8.0, "tokens_per_second": 9e4})
-    writer.write(100, {"held_out/psnr": 27.5, "held_out/perplexity": 9.0})
-    return (samples / "step1000000.mp4").read_bytes()
-
-
-def write_rest(workdir):
-    shares = {"all": 0.5, "color": 1.0, "shape": 0.625, "direction": 0.875}
-    fidelity = {"seen": shares, "held_out": shares | {"all": 0.25}, "seconds": {"dit": 3725.0}}
-    (workdir / "fidelity.json").write_text(json.dumps(fidelity))
-    metadata = {
-        "n_rows": 1234,
-        "resolution": [32, 32],
-        "counts": {"kept": 411, "filtered": 0, "failed": 1},
-        "filtered": [],
-        "failed": [{"file": "<i>.mp4", "reason": "truncated & damaged"}],
-    }
-    (workdir / "dataset").mkdir()
-    (workdir / "dataset" / "metadata.json").write_text(json.dumps(metadata))
+@dataclasses.dataclass(frozen=True)
+class Run:
+    workdir: Path
+    page: Page
+    videos: list[bytes]  # that the page should show
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(page of a workdir with everything in it, the bytes of the videos it should show)."""
+    """A workdir with everything in it."""
     workdir = tmp_path_factory.mktemp("whole")
     earlier, latest = write_samples(workdir, 20), write_samples(workdir, 50)
     reconstruction = write_vqvae(workdir)
@@ -124,18 +40,18 @@ def whole(tmp_path_factory):
     write_rest(workdir)
     report.run(CONFIG, workdir)
     assert not list(workdir.glob("*.tmp"))
-    return Page(workdir), [latest[0], earlier[0], latest[1], earlier[1], reconstruction]
+    videos = [latest[0], earlier[0], latest[1], earlier[1], reconstruction]
+    return Run(workdir, Page(workdir), videos)
 
 
 def test_videos_are_the_files_and_loop(whole):
-    page, expected = whole
-    assert page.videos == expected
-    for video in page.attributes("video"):
+    assert whole.page.videos == whole.videos
+    for video in whole.page.attributes("video"):
         assert {"autoplay", "loop", "muted", "playsinline"} <= video.keys()
 
 
 def test_nothing_is_loaded_and_nothing_runs(whole):
-    page, _ = whole
+    page = whole.page
     assert "http://" not in page.source
     assert "https://" not in page.source
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
@@ -146,7 +62,7 @@ def test_nothing_is_loaded_and_nothing_runs(whole):
 
 
 def test_text_is_escaped(whole):
-    page, _ = whole
+    page = whole.page
     assert [text for text in page.inside("p") if text in PROMPTS] == list(PROMPTS)
     assert "<i>.mp4" in page.inside("td")
     assert "truncated & damaged" in page.inside("td")
@@ -154,27 +70,25 @@ def test_text_is_escaped(whole):
 
 
 def test_sections_and_figures(whole):
-    page, _ = whole
-    assert page.inside("h2") == [
-        "Samples",
-        "Does a sample show what its caption says?",
-        "DiT training",
-        "What the VQ-VAE keeps of a video",
-        "Codebook use",
-        "VQ-VAE training",
-        "Dataset",
-        "How it was made",
-    ]
+    page = whole.page
+    assert page.inside("h2") == SECTIONS
     tiles = page.inside("b")
     for value in ("50%", "25%", "27.5 dB", "1 h 02 min", str(N_CODES - 3), "1,234", "411"):
         assert value in tiles
     cells = page.inside("td")
     assert cells[:4] == ["50%", "100%", "62%", "88%"]
     assert cells[8:16] == ["75%"] * 4 + ["2%", "25%", "33%", "25%"]  # the ceiling, and guessing
+    paragraphs = page.inside("p")
+    for remark in (
+        "After 50 training steps. The small videos show the same prompts after fewer steps.",
+        "Held-out videos and what is left of them as codes, after 1,000,000 training steps.",
+    ):
+        assert remark in paragraphs
+    assert any(text.endswith("Measured after 1,500 training steps.") for text in paragraphs)
 
 
 def test_curves(whole):
-    page, _ = whole
+    page = whole.page
     charts = page.inside("h3")
     assert charts == [
         *("Training loss", "Validation loss by noise level", "Gradient norm", "Learning rate"),
@@ -183,7 +97,7 @@ def test_curves(whole):
     ]
     assert len(page.attributes("svg")) == len(charts) + 1  # and the codebook's
     labels = page.inside("text")
-    for label in ("t=0.1", "mean", "training batches", "evaluation videos"):
+    for label in ("t=0.1", "mean", "training batches", "held-out videos"):
         assert labels.count(label) == 1
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -231,17 +145,71 @@ def test_many_and_large_videos_are_left_out(tmp_path, monkeypatch):
         latest = write_samples(tmp_path, step, prompts)
     report.run(CONFIG, tmp_path)
     videos = Page(tmp_path).videos
-    assert len(videos) == report._MOST_VIDEOS
-    assert videos[::3] == latest[: report._MOST_PROMPTS]
-    monkeypatch.setattr(report, "_SAMPLE_BYTES", sum(map(len, latest[:3])))
+    assert len(videos) == sections._MAX_VIDEOS
+    assert videos[::3] == latest[: sections._MAX_PROMPTS]
+    monkeypatch.setattr(sections, "_SAMPLE_BYTES", sum(map(len, latest[:3])))
     report.run(CONFIG, tmp_path)
     page = Page(tmp_path)
     assert page.videos == latest[:3]
-    assert page.inside("p").count("too large for this page") == report._MOST_PROMPTS - 3
+    assert page.inside("p").count("too large for this page") == sections._MAX_PROMPTS - 3
 
 
-def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / "fidelity.json").write_text('{"seen": ')
-    with pytest.raises(ValueError, match=r"fidelity\.json: not JSON"):
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("dit/samples", "Samples"),
+        ("fidelity.json", "Does a sample show what its caption says?"),
+        ("dit/metrics.jsonl", "DiT training"),
+        ("vqvae/samples", "What the VQ-VAE keeps of a video"),
+        ("vqvae/reconstruction.json", "Codebook use"),
+        ("vqvae/metrics.jsonl", "VQ-VAE training"),
+        ("dataset/metadata.json", "Dataset"),
+    ],
+)
+def test_without_its_file_a_section_is_left_out(whole, tmp_path, name, section):
+    workdir = shutil.copytree(whole.workdir, tmp_path / "copy")
+    path = workdir / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    report.run(CONFIG, workdir)
+    assert Page(workdir).inside("h2") == [heading for heading in SECTIONS if heading != section]
+
+
+def test_reconstructions_of_training_videos_say_so(tmp_path):
+    write_vqvae(tmp_path, "train")
+    report.run(CONFIG, tmp_path)
+    page = Page(tmp_path)
+    assert "PSNR of VQ-VAE reconstructions, training videos" in page.inside("span")
+    assert "27.5 at the end, of training videos." in page.inside("figcaption")
+    assert page.inside("text").count("training videos") == 1  # beside the training batches
+    assert any(text.startswith("Training videos and what is left") for text in page.inside("p"))
+    assert "eld-out" not in page.source
+
+
+def test_reconstructions_of_both_kinds_are_two_lines(tmp_path):
+    writer = MetricsWriter(tmp_path / "vqvae", 0)
+    writer.write(100, {"train/psnr": 20.0, "train/perplexity": 5.0})
+    writer.write(200, {"held_out/psnr": 21.0, "held_out/perplexity": 6.0})
+    report.run(CONFIG, tmp_path)
+    page = Page(tmp_path)
+    assert page.inside("h3") == ["Reconstructions: PSNR (dB)", "Codebook perplexity"]
+    for label in ("training videos", "held-out videos"):
+        assert page.inside("text").count(label) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("fidelity.json", '{"seen": ', "not JSON"),
+        ("seconds.json", "\xff", "not JSON"),
+        ("vqvae/reconstruction.json", "[" * 200_000, "not JSON"),
+        ("dataset/metadata.json", "[1]", "holds a list: expected an object"),
+        ("dit/samples/step000010/prompts.json", "{}", "holds a dict: expected an array"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(tmp_path, name, text, expected):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "latin-1")
+    with pytest.raises(ValueError, match=f"^{path}: {expected}[^\n]*$"):
         report.run(CONFIG, tmp_path)
     assert not (tmp_path / "report.html").exists()

@@ -19,12 +19,13 @@ from opensora_jax.build import training as build
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert import torch_file
 from opensora_jax.convert.dit import open_blocks
-from opensora_jax.data import dataset
-from opensora_jax.data.dataset import write_part
-from opensora_jax.inference.generator import Generator
+from opensora_jax.data import dataset_writer
+from opensora_jax.data.dataset_writer import write_part
+from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import decode, load_tokenizer
+from opensora_jax.models.dit import DiT
 from opensora_jax.stages import dit as stage
 from opensora_jax.tasks.dit import Latents
 from opensora_jax.train import state as state_lib
@@ -55,7 +56,9 @@ def write_dataset(folder):
         for i in range(16)
     ]
     write_part(folder, 0, rows, N_CODES, {"kept": 16, "filtered": [], "failed": []})
-    dataset.finish_dataset(folder, METADATA, rng.normal(size=(N_CODES, DIM)).astype(np.float32))
+    dataset_writer.finish_dataset(
+        folder, METADATA, rng.normal(size=(N_CODES, DIM)).astype(np.float32)
+    )
 
 
 def make_config(data, **given):
@@ -106,12 +109,12 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_weights_and_averages_start_from_the_checkpoint_and_are_divided():
+def test_weights_and_averages_start_from_the_checkpoint_and_are_sharded():
     config = make_config("", optimizer="muon", steps=10)
-    latents = Latents(np.eye(DIM, dtype=np.float32), np.ones(DIM))
+    latents = Latents(np.eye(DIM, dtype=np.float32))
     sizes = {"grid": (2, 4, 4), "text_length": 3, "text_width": TEXT_WIDTH}
     training = build.dit_training(config, latents, **sizes)
-    blocks = open_blocks(CHECKPOINT, build.dit_maker(training.dit, dtype="float32"))()
+    blocks = open_blocks(CHECKPOINT, training.task.config)()
     mesh = mesh_lib.make_mesh(config.mesh)
     state, shardings = state_lib.create(
         training.task, training.tx, mesh, rngs.key(0, "init"), blocks
@@ -124,7 +127,7 @@ def test_weights_and_averages_start_from_the_checkpoint_and_are_divided():
     assert kernel.addressable_shards[0].data.size == kernel.size / 4
 
 
-def test_what_does_not_fit_is_told_before_the_folder_is_claimed(data, tmp_path):
+def test_what_does_not_fit_is_told_before_anything_is_written(data, tmp_path):
     with pytest.raises(ValueError, match="depth 2 and width 48, expected depth 3 and width 48"):
         stage.run(make_config(data, depth=3), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nothing_here\.pt"):
@@ -144,8 +147,8 @@ def restore(workdir, like):
 @pytest.mark.slow
 def test_a_resumed_training_does_not_start_again(data, tmp_path):
     stage.run(make_config(data, steps=3, learning_rate=0.01), tmp_path)
-    arguments = checkpoint.read_model(tmp_path / "dit")["dit"]
-    model = nnx.eval_shape(lambda: build.dit_maker(arguments, dtype="float32")(nnx.Rngs(0)))
+    config = DiTDescription.read(tmp_path / "dit").dit
+    model = nnx.eval_shape(lambda: DiT(config, rngs=nnx.Rngs(0)))
     like = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     step, trained = restore(tmp_path, like)
     assert step == 3
@@ -160,7 +163,7 @@ def test_a_resumed_training_does_not_start_again(data, tmp_path):
     jax.tree.map(functools.partial(assert_close, atol=1e-6), trained["params"], resumed["params"])
 
 
-def test_tokens_divide_over_the_context_axis(tmp_path):
+def test_tokens_are_sharded_over_the_context_axis(tmp_path):
     write_dataset(tmp_path / "data")
     # 8 tokens of video and 3 of text.
     c = make_config(tmp_path / "data", init_from="", text_mode="in_context")
@@ -197,7 +200,7 @@ def write_two_videos(folder):
     write_part(folder, 0, rows * 256, N_CODES, counts)
     paths = {"vqvae": str(VQVAE_PATH), "text_model": str(folder / "text"), "downsample": [4, 4, 4]}
     corners = np.stack(np.meshgrid(*[[-1.0, 1.0]] * DIM), axis=-1).reshape(N_CODES, DIM)
-    dataset.finish_dataset(folder, METADATA | paths, corners.astype(np.float32))
+    dataset_writer.finish_dataset(folder, METADATA | paths, corners.astype(np.float32))
     return captions, codes
 
 
@@ -238,5 +241,5 @@ def test_ddpm_learns_two_videos_and_samples_them(tmp_path):
     description = checkpoint.read_model(folder)
     assert description["dit"]["out_channels"] == 2 * description["dit"]["channels"]
     config = make_config(tmp_path / "dataset", init_from="", depth=1)
-    with pytest.raises(ValueError, match=r"another model: .*objective='flow', there 'ddpm'"):
+    with pytest.raises(ValueError, match=r"other settings: .*objective='flow', there 'ddpm'"):
         stage.run(config, tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opensora_jax.diffusion.objectives import DDPM
-from opensora_jax.models.dit import DiT
+from opensora_jax.models.dit import DiTConfig
 from opensora_jax.tasks.dit import DiTTask, Latents
 
 CHANNELS, GRID, B = 4, (1, 2, 2), 4
@@ -20,21 +20,18 @@ BATCH = {
 
 @pytest.fixture(scope="module")
 def task():
-    def make(rngs):
-        return DiT(
-            depth=1,
-            width=16,
-            heads=1,
-            channels=CHANNELS,
-            out_channels=2 * CHANNELS,
-            patch=2,
-            text_width=6,
-            text_mode="in_context",
-            rngs=rngs,
-        )
-
+    config = DiTConfig(
+        depth=1,
+        width=16,
+        heads=1,
+        channels=CHANNELS,
+        out_channels=2 * CHANNELS,
+        patch=2,
+        text_width=6,
+        text_mode="in_context",
+    )
     table = np.random.default_rng(1).normal(size=(16, CHANNELS)).astype(np.float32)
-    return DiTTask(make, Latents.from_table(table), caption_dropout=0.5, objective=DDPM())
+    return DiTTask(config, Latents(table), DDPM(), caption_dropout=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from linear import numbers
 
-from opensora_jax.data import dataset
+from opensora_jax.data import dataset_writer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 90
@@ -39,7 +39,7 @@ def data(tmp_path_factory):
         }
         for i in range(96)
     ]
-    dataset.write_part(folder, 0, rows, 16, {"kept": 96, "filtered": [], "failed": []})
+    dataset_writer.write_part(folder, 0, rows, 16, {"kept": 96, "filtered": [], "failed": []})
     metadata = {
         "downsample": [2, 2, 2],
         "vqvae": "no_vqvae",
@@ -47,7 +47,7 @@ def data(tmp_path_factory):
         "text_model": "no_text_model",
         "resolution": [8, 8],
     }
-    dataset.finish_dataset(folder, metadata, rng.normal(size=(16, 4)).astype(np.float32))
+    dataset_writer.finish_dataset(folder, metadata, rng.normal(size=(16, 4)).astype(np.float32))
     return folder
 
 

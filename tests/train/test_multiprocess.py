@@ -15,7 +15,7 @@ import pytest
 from configs import default
 from opensora_jax import config as config_lib
 from opensora_jax import main
-from opensora_jax.data import dataset
+from opensora_jax.data import dataset_writer
 from opensora_jax.train import metrics_log
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,9 @@ def data(tmp_path_factory):
                 "text_latent_states": text,
             }
         )
-    dataset.write_part(folder, 0, rows, N_CODES, {"kept": len(rows), "filtered": [], "failed": []})
+    dataset_writer.write_part(
+        folder, 0, rows, N_CODES, {"kept": len(rows), "filtered": [], "failed": []}
+    )
     metadata = {
         "downsample": [2, 2, 2],
         "vqvae": "no_vqvae",
@@ -91,7 +93,7 @@ def data(tmp_path_factory):
         "resolution": [8, 8],
     }
     codebook = rng.normal(size=(N_CODES, DIM)).astype(np.float32)
-    dataset.finish_dataset(folder, metadata, codebook)
+    dataset_writer.finish_dataset(folder, metadata, codebook)
     return folder
 
 

@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-from functools import partial
 
 import jax
 import numpy as np
@@ -12,8 +11,8 @@ from jax.sharding import AxisType
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.diffusion.objectives import RectifiedFlow
-from opensora_jax.models.dit import DiT
-from opensora_jax.models.vqvae import VQVAE
+from opensora_jax.models.dit import DiTConfig
+from opensora_jax.models.vqvae import VQVAEConfig
 from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.tasks.vqvae import VQVAETask
 from opensora_jax.train import optim, step
@@ -33,22 +32,18 @@ MORE_LAYOUTS = ["8x1x1x1", "1x1x4x2", "1x1x1x4", "2x1x4x1", "4x2x1x1", "1x4x2x1"
 
 def dit_task(text_mode="cross_attention", width=WIDTH):
     codebook = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
-    return DiTTask(
-        partial_model(
-            DiT,
-            depth=2,
-            width=width,
-            heads=8,
-            channels=4,
-            out_channels=4,
-            patch=2,
-            text_width=10,
-            text_mode=text_mode,
-        ),
-        Latents(codebook, np.ones(16)),
-        caption_dropout=0.3,
-        objective=RectifiedFlow(),
+    config = DiTConfig(
+        depth=2,
+        width=width,
+        heads=8,
+        channels=4,
+        out_channels=4,
+        patch=2,
+        text_width=10,
+        text_mode=text_mode,
     )
+    latents = Latents.normalized(codebook, np.ones(16))
+    return DiTTask(config, latents, RectifiedFlow(), caption_dropout=0.3)
 
 
 def in_context_task():
@@ -56,8 +51,7 @@ def in_context_task():
 
 
 def vqvae_task(width=8):
-    make = partial_model(
-        VQVAE,
+    config = VQVAEConfig(
         n_codes=16,
         embedding_dim=4,
         n_hiddens=width,
@@ -66,12 +60,7 @@ def vqvae_task(width=8):
         normalize_latents=True,
         n_frames=2,
     )
-    return VQVAETask(make, (5, 10))
-
-
-def partial_model(kind, **arguments):
-    make = partial(kind, **arguments)
-    return lambda rngs: make(rngs=rngs)
+    return VQVAETask(config, quantize_between=(5, 10))
 
 
 def make_batch(i):

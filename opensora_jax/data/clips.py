@@ -1,0 +1,95 @@
+"""Decodes videos as they go into a dataset, by threads, a few ahead of whoever takes them."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from opensora_jax.data import video_io
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A decoded video."""
+
+    frames_THWC: np.ndarray  # uint8
+    fps: float
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A video that does not go into the dataset: `Filtered` or `Failed`."""
+
+    file: str
+    reason: str
+
+
+class Filtered(LeftOut):
+    """Too long or too short."""
+
+
+class Failed(LeftOut):
+    """Cannot be read."""
+
+
+def decode_clips(
+    folder: Path,
+    names: Iterable[str],
+    *,
+    resolution: tuple[int, int],
+    fps: float | None,
+    max_frames: int,
+    n_frames: int | None,
+    multiple: int,
+) -> Iterator[Clip | LeftOut]:
+    """Yields what becomes of each of the files, in order.
+
+    Args:
+      names: relative to `folder`.
+      resolution: (height, width) in pixels that videos are resized and cropped to.
+      fps: frames per second that videos are resampled to; None keeps each video's own rate.
+      max_frames: a video with more frames than this (before resampling) is filtered.
+      n_frames: cut every video to this many frames, and filter shorter ones. None keeps all frames
+        but for a rest that is no multiple of `multiple`.
+      multiple: of how many frames a clip must be a multiple.
+    """
+
+    def decode(name: str) -> Clip | LeftOut:
+        path = folder / name
+        try:
+            name.encode()
+            rate = fps or video_io.probe(path).fps
+            frames_THWC = video_io.read_video(
+                path, resolution=resolution, fps=fps, n_frames=n_frames, max_frames=max_frames
+            )
+        except UnicodeEncodeError:  # the dataset's columns are UTF-8
+            return Failed(name, "its name is not Unicode text")
+        except video_io.TooLong as error:
+            return Filtered(name, error.reason)
+        except video_io.VideoError as error:
+            return Failed(name, error.reason)
+        needed = n_frames or multiple
+        if len(frames_THWC) < needed:
+            return Filtered(name, f"{len(frames_THWC)} frames, expected at least {needed}")
+        return Clip(frames_THWC[: len(frames_THWC) // multiple * multiple], rate)
+
+    n_threads = min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(n_threads) as pool:
+        yield from map_ahead(pool, decode, names, n_threads + 1)
+
+
+def map_ahead(
+    pool: ThreadPoolExecutor, function: Callable, items: Iterable, n_ahead: int
+) -> Iterator:
+    """As `pool.map`, which begins all at once, with at most `n_ahead` results that wait."""
+    under_way = deque()
+    for item in items:
+        under_way.append(pool.submit(function, item))
+        if len(under_way) > n_ahead:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()

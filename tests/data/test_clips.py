@@ -1,0 +1,60 @@
+"""Decoding for a dataset: each video becomes a clip, or the reason why it is left out."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from videos import gradient_video, write_encoded
+
+from opensora_jax.data.clips import Clip, Failed, Filtered, decode_clips, map_ahead
+from opensora_jax.data.video_io import read_video, write_video
+
+OPTIONS = {"resolution": (16, 24), "fps": None, "max_frames": 10, "n_frames": None, "multiple": 4}
+
+
+def test_each_video_is_a_clip_or_the_reason_why_not_in_order(tmp_path):
+    for name, n_frames in (("long.mp4", 11), ("odd.mp4", 7), ("short.mp4", 3), ("video.dat", 8)):
+        path = tmp_path / f"{name}.mp4"
+        write_video(path, gradient_video(n_frames), fps=8)
+        path.rename(tmp_path / name)
+    (tmp_path / "text.mp4").write_text("no video")
+    write_encoded(tmp_path / "other.ts", gradient_video(8))
+    names = ["long.mp4", "odd.mp4", "short.mp4", "video.dat", "text.mp4", "none.mp4", "other.ts"]
+    odd_names = ["x" * 300 + ".mp4", "\ud83d.mp4", "zero\0.mp4"]
+    found = list(decode_clips(tmp_path, names + odd_names, **OPTIONS))
+    assert found[0] == Filtered("long.mp4", "more than 10 frames")
+    assert isinstance(found[1], Clip)
+    assert found[1].fps == 8
+    expected = read_video(tmp_path / "odd.mp4", resolution=(16, 24))[:4]
+    np.testing.assert_array_equal(found[1].frames_THWC, expected)
+    assert found[2] == Filtered("short.mp4", "3 frames, expected at least 4")
+    assert found[3].reason.startswith("suffix '.dat': expected one of .mp4 .m4v ")
+    assert found[5] == Failed("none.mp4", "no such file")
+    assert len(found[6].frames_THWC) == 8
+    assert found[7] == Failed(odd_names[0], "File name too long")
+    assert found[8] == Failed(odd_names[1], "its name is not Unicode text")
+    assert found[9] == Failed(odd_names[2], "no such file")
+    assert [type(found[i]) for i in (3, 4)] == [Failed, Failed]
+
+
+def test_clips_are_resampled_and_cut(tmp_path):
+    write_video(tmp_path / "a.mp4", gradient_video(8), fps=8)
+    write_video(tmp_path / "b.mp4", gradient_video(3), fps=8)
+    options = OPTIONS | {"fps": 16.0, "n_frames": 12}
+    cut, short = decode_clips(tmp_path, ["a.mp4", "b.mp4"], **options)
+    assert (len(cut.frames_THWC), cut.fps) == (12, 16)
+    # At twice the rate every frame is shown twice.
+    assert short == Filtered("b.mp4", "6 frames, expected at least 12")
+
+
+def test_work_is_begun_ahead_in_order_but_not_without_bound():
+    started = []
+
+    def work(item):
+        started.append(item)
+        return -item
+
+    with ThreadPoolExecutor(2) as pool:
+        for i, result in enumerate(map_ahead(pool, work, range(20), 3)):
+            assert result == -i
+            assert len(started) <= i + 4
+    assert len(started) == 20
