@@ -9,30 +9,13 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
 )
 
-import fsspec
+import object_store
 import pytest
-from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
-
-
-class Store(MemoryFileSystem):
-    """gs:// paths in memory."""
-
-    protocol = ("gs", "gcs")
-    store, pseudo_dirs, cachable = {}, [""], False
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("gs://").strip("/")
 
 
 @pytest.fixture
 def bucket(monkeypatch, tmp_path):
-    monkeypatch.setattr(Store, "store", {})
-    monkeypatch.setattr(Store, "pseudo_dirs", ["", "/bucket"])
+    """An empty bucket in memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    epath.backend.fsspec_backend._get_filesystem.cache_clear()
-    fsspec.register_implementation("gcs", Store, clobber=True)
-    yield epath.Path("gs://bucket")
-    fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
-    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    yield object_store.use()
+    object_store.stop()

@@ -5,7 +5,7 @@ import pytest
 from opensora_jax import files
 
 
-def test_files_are_written_whole_and_grow(bucket):
+def test_files_are_written_whole(bucket):
     path = files.absolute(bucket / "metrics.jsonl")
     assert str(path) == "gs://bucket/metrics.jsonl"
     for text in ("a long line\n", "a\n"):
