@@ -88,6 +88,8 @@ def fit(
     ):
         window = monitor.Window(throughput)
         health = monitor.Health(settings.max_skipped_steps)
+
+        # Restore.
         with preemption.interruptible():
             if checkpoints.latest_step is None:
                 key = rngs.key(step_settings.seed, "init")
@@ -100,9 +102,9 @@ def fit(
                 window.resume(notes["window"])
                 logger.info("%s: going on from step %d", folder.name, checkpoints.latest_step)
         logger.info("%s: %s", folder.name, summary.table(state))
+        done = int(state.step)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         update = jit_train_step(task, tx, schedule, step_settings, shardings)
-        done = int(state.step)
 
         with (
             contextlib.closing(MetricsWriter(folder, done)) as log,
@@ -121,7 +123,7 @@ def fit(
                     return mesh_lib.shard_batch(next(batches), mesh)
 
             def save(step: int) -> None:
-                log.flush()
+                log.flush()  # a run that goes on from here does not log these steps again
                 notes = {"data": data_state, "window": window.pending()}
                 checkpoints.save(step, state_lib.to_items(state), notes)
 

@@ -3,10 +3,12 @@
 import gzip
 import json
 
+import jax.numpy as jnp
 import pytest
 from linear import fit
 
 from opensora_jax.train import loop
+from opensora_jax.train.profiler import Profiler
 
 
 def traced(folder):
@@ -44,3 +46,14 @@ def test_a_run_that_ends_early_keeps_what_it_has(tmp_path):
         with pytest.raises(RuntimeError, match="no"):
             fit(tmp_path / name, evaluations=[loop.Evaluation(3, fail)], profile=(2, 9))
         assert traced(tmp_path / name) == {"steps2-9": [2, 3]}
+
+
+def test_a_trace_in_an_object_store(bucket):
+    profiler = Profiler(bucket, (2, 2), done=0)
+    profiler.start_before(2)
+    profiler.stop_after(2, jnp.ones(3) + 1)
+    names = {
+        path.name for path in (bucket / "profile" / "plugins" / "profile" / "steps2-2").iterdir()
+    }
+    assert {name.split(".", 2)[0] for name in names} == {"process0"}
+    assert {name.rpartition(".")[2] for name in names} == {"pb", "gz"}
