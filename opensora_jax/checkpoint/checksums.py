@@ -27,11 +27,11 @@ def write(folder: epath.Path) -> None:
     files.write_json(folder / NAME, dict(zip(paths, sums, strict=True)))
 
 
-def damage(folder: epath.Path, parts: Collection[str] | None = None) -> str | None:
+def damage(folder: epath.Path, items: Collection[str] | None = None) -> str | None:
     """What is wrong with the files of a checkpoint, or None where they are as written.
 
     Args:
-      parts: the subfolders to look at; all by default.
+      items: those to check; all by default.
     """
     try:
         expected = files.read_json(folder / NAME)
@@ -41,7 +41,7 @@ def damage(folder: epath.Path, parts: Collection[str] | None = None) -> str | No
         return str(error)
     if not all(isinstance(entry, list) and len(entry) == 2 for entry in expected.values()):
         return f"{NAME}: expected a size and a CRC-32 of each file"
-    names = [name for name in expected if parts is None or name.partition("/")[0] in parts]
+    names = [name for name in expected if items is None or name.partition("/")[0] in items]
     with ThreadPoolExecutor(_THREADS) as pool:
         problems = pool.map(lambda name: _problem(folder / name, *expected[name]), names)
         named = zip(names, problems, strict=True)

@@ -219,7 +219,7 @@ def restore_items(
       ValueError: it is of other arrays.
     """
     folder = files.absolute(folder) / name
-    step = _last_whole(folder, parts=(*like, _ABOUT))
+    step = _last_whole(folder, items=(*like, _ABOUT))
     if step is None:
         raise FileNotFoundError(f"{folder}: no checkpoint")
     return _restore(folder, step, like, None)[0]
@@ -253,20 +253,20 @@ def broadcast_from_first(value: int) -> int:
 def _last_whole(
     folder: epath.Path,
     *,
-    parts: tuple[str, ...] | None = None,
+    items: tuple[str, ...] | None = None,
     put_aside: bool = False,
     may_start_over: bool = False,
 ) -> int | None:
     """The last step whose files are as they were written, as process 0 finds them; None: no step.
 
     Args:
-      parts: the items that are to be whole; all by default.
+      items: those that are to be whole; all by default.
       put_aside: whether damaged ones after it are renamed, out of the way of new ones.
     """
     whole, damaged = -1, {}
     steps = sorted(ocp.utils.checkpoint_steps(folder), reverse=True)
     for step in steps if jax.process_index() == 0 else ():
-        problem = checksums.damage(folder / str(step), parts)
+        problem = checksums.damage(folder / str(step), items)
         if problem is None:
             whole = step
             break
@@ -305,6 +305,10 @@ def _restore(
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         there = reader.restore(path, args=ocp.args.Composite(**{_ABOUT: ocp.args.JsonRestore()}))
         there = there[_ABOUT]
+        if not isinstance(there, dict) or not all(
+            isinstance(there.get(name), dict) for name in ("run", "arrays")
+        ):
+            raise ValueError(f"{path}/{_ABOUT}: expected what a training says of itself")
         wanted = record.arrays(like)
         found = {k: v for k, v in there["arrays"].items() if k.partition("/")[0] in like}
         different = files.changes(wanted, found)

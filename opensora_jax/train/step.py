@@ -59,7 +59,7 @@ def train_step(
     # A young average follows closely, or early weights would linger in it.
     decay = jnp.minimum(settings.ema_decay, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updated = state.replace(params=params, ema=ema, opt_state=opt_state, extra=extra)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)

@@ -99,6 +99,15 @@ def test_where_all_are_damaged_nothing_is_touched(folder):
     assert folders(folder) == {"1", "2"}
 
 
+def test_notes_that_no_training_wrote_are_told(folder):
+    for step in "12":
+        path = folder / checkpoint.FOLDER / step
+        (path / "about" / "metadata").write_text('{"arrays": [1]}')
+        checksums.write(path)
+    with pytest.raises(ValueError, match=r"checkpoints/2/about: expected what a training says"):
+        checkpoint.restore_items(folder, ema(0))
+
+
 @pytest.mark.parametrize(
     "entries", [{"x" * 10**6: [1, 2]}, {"ema/a": ["x" * 10**6, 2]}, {"ema/a": ["\0" * 10**6] * 2}]
 )
