@@ -218,8 +218,7 @@ class Program:
             inner = {i.name: i for i in (*parameters, instruction)}
         else:
             inner = self._computations[instruction.called[0]]
-            parameters = [i for i in inner.values() if i.opcode == "parameter"]
-            parameters.sort(key=lambda i: int(re.match(r"parameter\((\d+)\)", i.text)[1]))
+            parameters = _parameters(inner)
             root = next(i for i in inner.values() if i.is_root)
             results = [inner[x] for x in root.operands] if root.opcode == "tuple" else [root]
             if len(results) != len(made):
@@ -231,12 +230,31 @@ class Program:
         total = 0
         for j, (shapes, parameter) in enumerate(zip(given, parameters, strict=True)):
             if j not in passed.values() and all(shape.in_hbm for shape in shapes):
-                total += _read(parameter, inner)
+                total += self._read(parameter, inner)
         for i, (shape, result) in enumerate(zip(made, results, strict=True)):
             if i not in passed and shape.in_hbm:
                 update = _update(result, inner)
                 total += shape.bytes if update is None else update
         return total
+
+    def _read(self, value: Instruction, computation: Computation) -> int:
+        """Bytes read of a value: only slices, where all that uses it takes slices."""
+        whole = sum(s.bytes for s in value.shapes)
+        total = 0
+        for user in computation.values():
+            if value.name not in user.operands:
+                continue
+            if user.opcode == "bitcast":
+                total += self._read(user, computation)
+            elif user.opcode == "fusion":
+                inner = self._computations[user.called[0]]
+                used = zip(user.operands, _parameters(inner), strict=True)
+                total += sum(self._read(p, inner) for name, p in used if name == value.name)
+            elif user.opcode in _SLICES and user.operands[0] == value.name:
+                total += user.shapes[1 if user.opcode.endswith("-start") else 0].bytes
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
+                return whole
+        return min(total, whole)
 
 
 def _update(result: Instruction, computation: Computation) -> int | None:
@@ -248,19 +266,10 @@ def _update(result: Instruction, computation: Computation) -> int | None:
     return sum(s.bytes for s in computation[result.operands[1]].shapes)
 
 
-def _read(value: Instruction, computation: Computation) -> int:
-    """Bytes read of a value: only slices, where all that uses it takes slices."""
-    total = 0
-    for user in computation.values():
-        if value.name not in user.operands:
-            continue
-        if user.opcode == "bitcast":
-            total += _read(user, computation)
-        elif user.opcode in _SLICES and user.operands[0] == value.name:
-            total += user.shapes[1 if user.opcode.endswith("-start") else 0].bytes
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
-            return sum(s.bytes for s in value.shapes)
-    return total
+def _parameters(computation: Computation) -> list[Instruction]:
+    """Its parameters, in order."""
+    found = [i for i in computation.values() if i.opcode == "parameter"]
+    return sorted(found, key=lambda i: int(re.match(r"parameter\((\d+)\)", i.text)[1]))
 
 
 def _matmul_flops(instruction: Instruction, computation: Computation) -> float:

@@ -200,6 +200,37 @@ def test_an_operand_given_twice_is_read_once():
     assert added == 12 * 2 * 64 * 48 * 2  # read and written, two bytes each, in twelve turns
 
 
+def test_of_a_stack_that_a_fusion_inside_a_fusion_slices_a_slice_is_read():
+    """As a TPU fuses a block's input, taken from the stack of all, into its first product."""
+    text = """HloModule m
+
+%inner (stack: bf16[28,64,48], i: s32[]) -> bf16[64,48] {
+  %stack = bf16[28,64,48] parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,64,48] dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,64,48}
+  ROOT %x = bf16[64,48] bitcast(%slice)
+}
+
+%outer (weight: bf16[48,32], stack.1: bf16[28,64,48], i.1: s32[]) -> bf16[64,32] {
+  %stack.1 = bf16[28,64,48] parameter(1)
+  %weight = bf16[48,32] parameter(0)
+  %i.1 = s32[] parameter(2)
+  %fusion.1 = bf16[64,48] fusion(%stack.1, %i.1), kind=kLoop, calls=%inner
+  ROOT %product = bf16[64,32] convolution(%fusion.1, %weight), dim_labels=bf_io->bf
+}
+
+ENTRY %main (p: bf16[28,64,48], w: bf16[48,32], n: s32[]) -> bf16[64,32] {
+  %p = bf16[28,64,48] parameter(0)
+  %w = bf16[48,32] parameter(1)
+  %n = s32[] parameter(2)
+  ROOT %fusion.2 = bf16[64,32] fusion(%w, %p, %n), kind=kOutput, calls=%outer
+}
+"""
+    expected = 2 * (64 * 48 + 48 * 32 + 64 * 32) + 4
+    assert hlo.Program(text, 1).hbm_bytes() == expected
+
+
 @pytest.mark.parametrize(
     ("out", "lhs", "rhs", "attributes", "flops"),
     [
