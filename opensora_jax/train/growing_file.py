@@ -10,6 +10,8 @@ from opensora_jax import files
 # From one piece to the next, at least.
 PIECE_SECONDS = 60.0
 
+_DIGITS = 6
+
 
 class GrowingFile:
     """A file to whose end lines or records are added: on a disk at once.
@@ -64,10 +66,10 @@ class GrowingFile:
                 raise OSError(f"{self._path}: could not be written: {error}") from error
 
     def _piece(self, number: int) -> epath.Path:
-        return self._path.with_name(f"{self._path.stem}-{number:06d}{self._path.suffix}")
+        return self._path.with_name(f"{self._path.stem}-{number:0{_DIGITS}d}{self._path.suffix}")
 
 
 def pieces(path: epath.PathLike) -> list[epath.Path]:
     """What a `GrowingFile` wrote beside `path`, in order."""
     path = epath.Path(path)
-    return sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
+    return sorted(path.parent.glob(f"{path.stem}-{'[0-9]' * _DIGITS}{path.suffix}"))
