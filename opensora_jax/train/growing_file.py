@@ -1,5 +1,6 @@
 """Logs that grow while a training runs, on disks and on object stores."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -70,6 +71,7 @@ class GrowingFile:
 
 
 def pieces(path: epath.PathLike) -> list[epath.Path]:
-    """What a `GrowingFile` wrote beside `path`, in order."""
+    """What a `GrowingFile` wrote beside `path`, whose folder is there, in order."""
     path = epath.Path(path)
-    return sorted(path.parent.glob(f"{path.stem}-{'[0-9]' * _DIGITS}{path.suffix}"))
+    name = rf"{re.escape(path.stem)}-\d{{{_DIGITS}}}{re.escape(path.suffix)}"
+    return sorted(piece for piece in path.parent.iterdir() if re.fullmatch(name, piece.name))
