@@ -1,5 +1,6 @@
 """Logs that grow while a training runs, on disks and on object stores."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,8 @@ from opensora_jax import files
 
 # From one piece to the next, at least.
 PIECE_SECONDS = 60.0
+
+_DIGITS = 6
 
 
 class GrowingFile:
@@ -64,10 +67,11 @@ class GrowingFile:
                 raise OSError(f"{self._path}: could not be written: {error}") from error
 
     def _piece(self, number: int) -> epath.Path:
-        return self._path.with_name(f"{self._path.stem}-{number:06d}{self._path.suffix}")
+        return self._path.with_name(f"{self._path.stem}-{number:0{_DIGITS}d}{self._path.suffix}")
 
 
 def pieces(path: epath.PathLike) -> list[epath.Path]:
-    """What a `GrowingFile` wrote beside `path`, in order."""
+    """What a `GrowingFile` wrote beside `path`, whose folder is there, in order."""
     path = epath.Path(path)
-    return sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
+    name = rf"{re.escape(path.stem)}-\d{{{_DIGITS}}}{re.escape(path.suffix)}"
+    return sorted(piece for piece in path.parent.iterdir() if re.fullmatch(name, piece.name))

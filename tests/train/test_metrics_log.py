@@ -119,11 +119,12 @@ def test_there_lines_gather_until_a_piece_is_due_or_all_is_to_be_there(bucket):
     ]
 
 
-def test_there_a_resumed_run_forgets_later_steps(bucket, tmp_path):
+def test_there_a_resumed_run_forgets_later_steps(bucket):
     write(bucket, 0, 1, 2, 3)
     before = {name: (bucket / name).read_bytes() for name in objects(bucket)[:-1]}
+    (bucket / "metrics-mine.jsonl").write_text("not one of its pieces")
     log = MetricsWriter(bucket, 2)
-    assert objects(bucket) == ["metrics.jsonl", "tensorboard"]
+    assert objects(bucket) == ["metrics-mine.jsonl", "metrics.jsonl", "tensorboard"]
     assert steps(bucket) == [1, 2]
     for name in set(before) - {"metrics.jsonl"}:
         (bucket / name).write_bytes(before[name])  # as if killed before it was removed
