@@ -51,6 +51,7 @@ def test_the_tokenizer_is_the_one_that_the_dataset_was_made_with(workdir):
     assert data[0][dataset.CODES].shape == (2, 8, 8)
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_with_its_last_and_best_weights(workdir):
     description = DiTDescription.read(workdir / "dit")
     assert (description.dit.depth, description.dit.width, description.dit.heads) == (2, 16, 2)

@@ -241,7 +241,7 @@ def latest_step(folder: epath.PathLike, *, name: str = FOLDER) -> int:
 def read_config(folder: epath.PathLike) -> dict[str, Any]:
     """What the last checkpoint in `folder` says of the configuration; empty where there is none."""
     folder = files.absolute(folder) / FOLDER
-    step = _last_whole(folder, parts=(_ABOUT,), may_start_over=True)
+    step = _last_whole(folder, items=(_ABOUT,), may_start_over=True)
     return {} if step is None else _restore(folder, step, {}, None)[1]["run"]["config"]
 
 

@@ -39,7 +39,7 @@ def imported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("import") / "vqvae"
     done = run("-i", CHECKPOINT, "-o", folder)
     assert done.returncode == 0, done.stderr
-    assert "downsample: [4, 4, 4]\n" in done.stdout
+    assert "downsample: (4, 4, 4)\n" in done.stdout
     assert done.stdout.endswith(f"{folder}: written\n")
     return folder
 

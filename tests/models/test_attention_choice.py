@@ -11,7 +11,7 @@ from opensora_jax import mesh as mesh_lib
 from opensora_jax.models import attention as attention_lib
 
 
-@pytest.mark.parametrize("lengths", [None, (3, 9)])
+@pytest.mark.parametrize("lengths", [pytest.param(None, marks=pytest.mark.slow), (3, 9)])
 def test_splash_attention_is_attention(lengths):
     # 140 queries and 9 keys: neither fills blocks of 128.
     b, n, s, h, size = 2, 140, 9, 2, 16
