@@ -23,7 +23,23 @@ def write_text(path: epath.PathLike, text: str) -> None:
     with _naming(path):
         # A file name need not be text: what UTF-8 lacks is written as \udc80, JSON's way as well.
         temporary.write_bytes(text.encode(errors="backslashreplace"))
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
+
+
+def sync(path: epath.PathLike) -> None:
+    """Sees that a file or a folder's list of files outlives a power cut, on a disk."""
+    if is_remote(path):
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError:
+        if not os.path.isdir(path):  # of which not every file system can do it
+            raise
+    finally:
+        os.close(opened)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -141,6 +157,17 @@ def walk(folder: epath.PathLike) -> Iterator[epath.Path]:
             yield from walk(path)
         else:
             yield path
+
+
+def remove_leftovers(folder: epath.PathLike) -> None:
+    """Removes what runs that were killed left half-written in a folder of this machine's.
+
+    To be called where nobody else is writing there.
+    """
+    for parent, _, names in [] if is_remote(folder) else os.walk(folder):
+        for name in names:
+            if name.endswith(".tmp"):
+                os.unlink(os.path.join(parent, name))
 
 
 def cache() -> Path:

@@ -20,6 +20,8 @@ from opensora_jax import files
 
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
+_LONGEST_TEXT = 400  # bytes
+
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _HUGE_PAGES_SETTING = "glibc.malloc.hugetlb"
 
@@ -92,6 +94,20 @@ def expect_shared(folder: epath.Path) -> None:
             f"--workdir={folder}: process {blind} does not see what process 0 writes there; "
             "expected one folder for all: gs://, or on a file system that the hosts share"
         )
+
+
+def first_text(text: str | None) -> str | None:
+    """Of the texts that processes have, a problem of theirs say, the first one's, in all of them.
+
+    To be called by all together. Of a long text the beginning passes from one to another.
+    """
+    if jax.process_count() == 1:
+        return text
+    mine = (text or "").encode()[:_LONGEST_TEXT].ljust(_LONGEST_TEXT, b"\0")
+    rows = multihost_utils.process_allgather(np.frombuffer(mine, np.uint8))
+    texts = (row.tobytes().rstrip(b"\0") for row in rows)
+    first = next((text for text in texts if text), None)
+    return None if first is None else first.decode(errors="replace")
 
 
 def n_processes() -> int:

@@ -30,6 +30,14 @@ class Best:
             notes = {"step": step, "validation_loss": loss}
             self._checkpoints.save(step, items, notes, number=number)
 
+    def wait(self) -> None:
+        """Waits for what is being written.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        self._checkpoints.wait()
+
     def close(self) -> None:
         """Waits for what is being written."""
         self._checkpoints.close()

@@ -6,6 +6,7 @@ one; it tells of the failure only when the next is saved; and it takes damaged o
 """
 
 import contextlib
+import functools
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opensora_jax import files
+from opensora_jax import files, runtime
 from opensora_jax.checkpoint import checksums, record
 from opensora_jax.mesh import PyTree
 
@@ -28,6 +29,9 @@ MODEL_FILE = "model.json"
 FOLDER = "checkpoints"
 BEST = "best"
 
+# Fields of a configuration that decide which examples are in which batch.
+_ORDER = ("seed", "batch_size")
+
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _ABOUT = "about"
 
@@ -35,6 +39,20 @@ _ABOUT = "about"
 logging.getLogger("absl").addFilter(
     lambda record: not (record.exc_info and "orbax" in record.pathname)
 )
+
+
+class _SummingHandler(ocp.CompositeCheckpointHandler):
+    """Items whose writing ends, in each process, with the sums of what that process wrote."""
+
+    async def async_save(self, directory: epath.Path, args: ocp.args.Composite) -> list[Any]:
+        written = await super().async_save(directory, args)
+        sum_own = functools.partial(checksums.write_own, directory, jax.process_index())
+        return [ocp.future.ChainedFuture(written, sum_own)]
+
+
+@ocp.args.register_with_handler(_SummingHandler, for_save=True, for_restore=True)
+class _SummedItems(ocp.args.Composite):
+    """Which Orbax wants to know of every handler; it takes the plain ones as well."""
 
 
 class Checkpoints:
@@ -76,9 +94,10 @@ class Checkpoints:
             _remove_half_written(self._folder)
         self.latest_step = _last_whole(self._folder, put_aside=True, may_start_over=may_start_over)
         self._kept = sorted(ocp.utils.checkpoint_steps(self._folder))
+        self._remove_old()  # the run before may have ended before it did
         self._step, self._writing = 0, None  # of the one that is being written, and its folder
         self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
+            _SummingHandler(),
             async_options=ocp.AsyncOptions(
                 # In the background, a folder that cannot be made leaves others waiting for it.
                 create_directories_asynchronously=False,
@@ -127,6 +146,13 @@ class Checkpoints:
         changed = files.changes(self._run, about["run"])
         if changed:
             logger.info("%s: since then changed: %s", self._folder, "; ".join(changed))
+        data = [c for c in changed if c.partition("=")[0].rpartition(".")[2] in _ORDER]
+        if data:
+            logger.warning(
+                "%s: changed since step %d: %s. Batches from here on are others: examples of this "
+                "epoch may come twice or not at all",
+                *(self._folder, self.latest_step, "; ".join(data)),
+            )
         return items, about["notes"]
 
     def notes(self) -> PyTree:
@@ -144,7 +170,7 @@ class Checkpoints:
             if self._writing is not None:
                 path = self._folder / str(self._writing)
                 if path.exists() and ocp.utils.is_checkpoint_finalized(path):
-                    self._remove_old()
+                    self._written()
 
     def wait(self) -> None:
         """Waits for what is being written.
@@ -155,7 +181,7 @@ class Checkpoints:
         with self._explaining():
             self._checkpointer.wait_until_finished()
             if self._writing is not None:
-                self._remove_old()
+                self._written()
 
     def close(self) -> None:
         """Waits for what is being written, and ends."""
@@ -164,9 +190,14 @@ class Checkpoints:
         finally:
             self._checkpointer.close()
 
-    def _remove_old(self) -> None:
+    def _written(self) -> None:
         self._kept.append(self._writing)
         self._writing = None
+        if jax.process_index() == 0:
+            files.sync(self._folder)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
         last = set(self._kept[-self._keep :])
         removed = [
             step
@@ -257,33 +288,36 @@ def _last_whole(
     put_aside: bool = False,
     may_start_over: bool = False,
 ) -> int | None:
-    """The last step whose files are as they were written, as process 0 finds them; None: no step.
+    """The last step whose files are as they were written; None: no step.
+
+    The steps are those that process 0 sees; every process looks at a share of their files.
 
     Args:
       items: those that are to be whole; all by default.
       put_aside: whether damaged ones after it are renamed, out of the way of new ones.
     """
-    whole, damaged = -1, {}
-    steps = sorted(ocp.utils.checkpoint_steps(folder), reverse=True)
-    for step in steps if jax.process_index() == 0 else ():
-        problem = checksums.damage(folder / str(step), items)
+    whole, damaged = -1, []
+    is_first = jax.process_index() == 0
+    there = sorted(ocp.utils.checkpoint_steps(folder), reverse=True) if is_first else []
+    share = jax.process_index(), jax.process_count()
+    for i in range(broadcast_from_first(len(there))):
+        step = broadcast_from_first(there[i] if is_first else 0)
+        problem = runtime.first_text(checksums.damage(folder / str(step), items, share=share))
         if problem is None:
             whole = step
             break
-        damaged[step] = problem
+        damaged.append(step)
         logger.warning("%s/%d: this checkpoint is damaged: %s", folder, step, problem)
-    all_damaged = broadcast_from_first(whole < 0 and len(damaged) > 0)
-    if all_damaged and not may_start_over:
+    if whole < 0 and damaged and not may_start_over:
         raise FileNotFoundError(
-            f"{folder}: every checkpoint is damaged ({', '.join(map(str, sorted(steps)))}); put "
+            f"{folder}: every checkpoint is damaged ({', '.join(map(str, sorted(damaged)))}); put "
             "back whole ones, or remove the folder to start again"
         )
-    for step in damaged if put_aside else ():
+    for step in damaged if put_aside and is_first else ():
         aside = folder / f"damaged-{step}"
         aside.rmtree(missing_ok=True)
         (folder / str(step)).rename(aside)
         logger.warning("%s: renamed to %s; going on without it", step, aside)
-    whole = broadcast_from_first(whole)
     return None if whole < 0 else whole
 
 

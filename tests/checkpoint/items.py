@@ -48,6 +48,13 @@ def largest(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
+def flip_a_bit(folder):
+    path = largest(folder)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 @contextlib.contextmanager
 def files_of_at_most(n_bytes):
     """Larger ones fail while they are written, as on a full disk."""

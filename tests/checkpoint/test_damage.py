@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from items import assert_equal, ema, folders, largest, make_items, opened
+from items import assert_equal, ema, flip_a_bit, folders, largest, make_items, opened
 
 from opensora_jax.checkpoint import checksums
 from opensora_jax.checkpoint import manager as checkpoint
@@ -19,13 +19,6 @@ def delete(folder):
 def cut_off(folder):
     path = largest(folder)
     path.write_bytes(path.read_bytes()[:-10])
-
-
-def flip_a_bit(folder):
-    path = largest(folder)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def lose_an_item(folder):
