@@ -42,7 +42,7 @@ def decode_clips(
     *,
     resolution: tuple[int, int],
     fps: float | None,
-    max_frames: int | None,
+    max_frames: int,
     n_frames: int | None,
     multiple: int,
 ) -> Iterator[Clip | LeftOut]:
@@ -52,7 +52,7 @@ def decode_clips(
       names: relative to `folder`.
       resolution: (height, width) in pixels that videos are resized and cropped to.
       fps: frames per second that videos are resampled to; None keeps each video's own rate.
-      max_frames: a video with more frames than this, after resampling, is filtered.
+      max_frames: a video with more frames than this (before resampling) is filtered.
       n_frames: cut every video to this many frames, and filter shorter ones. None keeps all frames
         but for a rest that is no multiple of `multiple`.
       multiple: of how many frames a clip must be a multiple.

@@ -7,7 +7,6 @@ imageio's, whose plugin for PyAV shows no timestamps, rotation or damaged frames
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -45,8 +44,6 @@ _ARGUMENTS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0])
 
 # Stated lengths are rough: the end is missing when more than this share of them is.
 _MISSING_SHARE = 0.1
-# A damaged one could ask for images of any size.
-_MOST_ASPECT = 10
 
 
 class VideoError(ValueError):
@@ -115,19 +112,6 @@ def decode(path: Path, container, stream) -> Iterator[av.VideoFrame]:
 def usual_rate(stream: av.VideoStream) -> float:
     """Frames a second as the container claims or libav guesses."""
     return float(stream.average_rate or stream.guessed_rate or 25)  # 25: libav's own guess
-
-
-def pixel_aspect(path: Path, stream: av.VideoStream) -> Fraction:
-    """Width over height of the pixels, before rotation; square ones where the file does not say.
-
-    Raises:
-      VideoError: one that no video has.
-    """
-    aspect = stream.sample_aspect_ratio or Fraction(1)
-    if not 1 / _MOST_ASPECT <= aspect <= _MOST_ASPECT:
-        found = f"{aspect.numerator}:{aspect.denominator}"
-        raise VideoError(path, f"pixels of {found}: expected at most {_MOST_ASPECT}:1")
-    return aspect
 
 
 def _check_name(path):

@@ -242,19 +242,15 @@ def test_odd_sizes_gray_and_alpha(tmp_path):
     np.testing.assert_array_equal(read_video(tmp_path / "alpha.mkv"), color)
 
 
-def turn(path):
-    """Writes into an .mp4 what a phone held upright does: x' = -y, y' = x, a clockwise quarter."""
-    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
-    header, track = path.read_bytes().split(b"tkhd", 1)
-    path.write_bytes(header + b"tkhd" + track.replace(upright, turned, 1))
-
-
 def test_rotation_of_a_phone_is_applied(tmp_path):
     path = tmp_path / "a.mp4"
     frames = gradient_video(2)
     write_video(path, frames, fps=8)
-    turn(path)
+    # A phone held upright writes this matrix: x' = -y, y' = x, a quarter turn clockwise.
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    header, track = path.read_bytes().split(b"tkhd", 1)
+    path.write_bytes(header + b"tkhd" + track.replace(upright, turned, 1))
     info = probe(path)
     assert (info.height, info.width) == (64, 48)
     back = read_video(path)
@@ -263,70 +259,12 @@ def test_rotation_of_a_phone_is_applied(tmp_path):
     assert read_video(path, resolution=(32, 24)).shape == (2, 32, 24, 3)
 
 
-def disc_size(frame):
-    """Height and width of what is bright."""
-    return [int(np.ptp(np.flatnonzero(frame[..., 0].max(axis) > 127))) + 1 for axis in (1, 0)]
-
-
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
-def test_pixels_that_are_not_square_are_made_so(tmp_path, suffix):
-    path = tmp_path / f"a{suffix}"
-    aspect = Fraction(40, 33)
-    y, x = np.mgrid[:96, :140]  # nearly 704 x 480, a fifth of it
-    disc = ((x - 69.5) * float(aspect)) ** 2 + (y - 47.5) ** 2 < 40**2
-    frames = (255 * disc[None, ..., None]).repeat(3, -1).repeat(2, 0).astype(np.uint8)
-
-    def prepare(frame, stream):
-        stream.codec_context.sample_aspect_ratio = aspect
-        return frame
-
-    write_encoded(path, frames, prepare=prepare)
-    info = probe(path)
-    assert (info.height, info.width) == (96, 170)  # 16:9
-    video = read_video(path)
-    assert video.shape == (2, 96, 170, 3)
-    assert disc_size(video[0]) == pytest.approx([80, 80], abs=2)
-    cropped = read_video(path, resolution=48)
-    assert disc_size(cropped[0]) == pytest.approx([40, 40], abs=2)
-
-
-def test_pixels_of_a_turned_video_are_made_square(tmp_path):
-    path = tmp_path / "a.mp4"
-
-    def prepare(frame, stream):
-        stream.codec_context.sample_aspect_ratio = Fraction(3, 2)
-        return frame
-
-    write_encoded(path, gradient_video(2), prepare=prepare)
-    turn(path)
-    assert read_video(path).shape == (2, 96, 48, 3)
-    info = probe(path)
-    assert (info.height, info.width) == (96, 48)
-
-
-def test_pixels_that_no_video_has_are_named(tmp_path):
-    path = tmp_path / "a.mp4"
-
-    def prepare(frame, stream):
-        stream.codec_context.sample_aspect_ratio = Fraction(100)
-        return frame
-
-    write_encoded(path, gradient_video(2), prepare=prepare)
-    for read in (probe, read_video):
-        with pytest.raises(VideoError, match=r"a\.mp4: pixels of 100:1: expected at most 10:1"):
-            read(path)
-
-
 def test_too_long(tmp_path):
     path = tmp_path / "a.mp4"
     write_video(path, gradient_video(9), fps=8)
     with pytest.raises(TooLong, match=r"a\.mp4: more than 8 frames"):
-        read_video(path, max_frames=8)
+        read_video(path, max_frames=8, n_frames=2)
     assert len(read_video(path, max_frames=9)) == 9
-    assert len(read_video(path, max_frames=8, n_frames=8)) == 8
-    assert len(read_video(path, max_frames=5, fps=4)) == 5
-    with pytest.raises(TooLong, match=r"a\.mp4: more than 4 frames at 4 a second"):
-        read_video(path, max_frames=4, fps=4)
 
 
 def test_frames_are_counted_where_the_container_does_not_say(tmp_path):
