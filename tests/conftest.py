@@ -13,6 +13,12 @@ import object_store
 import pytest
 
 
+def pytest_configure(config):
+    """Default tests compile far more than they compute; slow ones do not."""
+    if config.option.markexpr == "not slow":
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+
+
 @pytest.fixture
 def bucket(monkeypatch, tmp_path):
     """An empty bucket in memory."""
