@@ -38,6 +38,6 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths
         "cuda": ["jax[cuda13]"],
-        "test": ["pytest", "pytest-timeout", "ruff"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
 )
