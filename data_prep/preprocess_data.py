@@ -35,22 +35,24 @@ def main() -> None:
         help="height and width, or one number for both: videos are resized to cover this, then "
         "cropped to it (default: 128)",
     )
-    add("--fps", type=float, help="resample to this frame rate (default: each video's own)")
+    add("--fps", type=float, default=8, help="resample to this frame rate; 0: each video's own")
     add(
         "--max_frames",
         type=int,
-        default=600,
-        help="leave out videos with more frames than this",
+        default=0,
+        help="leave out videos with more frames than this, after resampling; 0: none",
     )
     add(
         "--n_frames",
         type=int,
-        help="cut every video to this many frames and leave out shorter ones (default: keep all)",
+        default=0,
+        help="cut every video to this many frames and leave out shorter ones; 0: keep all",
     )
     add(
         "--window",
         type=int,
-        help="frames that are encoded together (default: the length the tokenizer was trained on)",
+        default=0,
+        help="frames that are encoded together; 0: the length the tokenizer was trained on",
     )
     add("--batch_size", type=int, default=8, help="windows at a time")
     add(
@@ -64,6 +66,8 @@ def main() -> None:
     if len(resolution) > 2:
         parser.error(f"--resolution {resolution}: expected one or two numbers")
     arguments["resolution"] = (resolution * 2)[:2]  # one number stands for both sides
+    for name in ("fps", "max_frames", "n_frames", "window"):
+        arguments[name] = arguments[name] or None
     paths = [arguments.pop(name) for name in ("captions", "videos", "output")]
     runtime.keep_compiled_programs()
     preprocess(*paths, **arguments)

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -357,14 +357,23 @@ def _restore(
     return {name: restored[name] for name in items}, there
 
 
-def record_model(folder: epath.PathLike, description: dict[str, PyTree]) -> None:
+def record_model(
+    folder: epath.PathLike, description: dict[str, PyTree], new_keys: Sequence[str] = ()
+) -> None:
     """Writes `folder`/model.json, or checks that it says the same.
+
+    Args:
+      new_keys: which files of older versions lack; such a file is left as it is.
 
     Raises:
       ValueError: naming every key in which the folder's model differs, with both values.
     """
     path = epath.Path(folder) / MODEL_FILE
-    if jax.process_index() == 0 or path.exists():
+    if path.exists():
+        found = files.read_json(path)
+        there = {k: v for k, v in description.items() if k in found or k not in new_keys}
+        files.expect_settings(path, there, found)
+    elif jax.process_index() == 0:
         files.record_settings(path, description)
 
 

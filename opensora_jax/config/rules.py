@@ -142,7 +142,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
     "preprocess": {
         "resolution": at_least(1),
         "fps": Rule(lambda v: v == 0 or frame_rate.test(v), f"0, or {frame_rate.expected}"),
-        "max_frames": at_least(1),
+        "max_frames": at_least(0),
         "n_frames": at_least(0),
         "window": at_least(0),
         "batch_size": at_least(1),
@@ -270,9 +270,9 @@ def _check_stages(c: ConfigDict) -> None:
             raise_invalid(
                 c, "preprocess.n_frames", f"at most {most}, the frames of shapes.n_frames"
             )
-        if c.preprocess.max_frames < c.shapes.n_frames:
+        if 0 < c.preprocess.max_frames < most and not c.preprocess.n_frames:
             raise_invalid(
-                c, "preprocess.max_frames", f"at least shapes.n_frames={c.shapes.n_frames}"
+                c, "preprocess.max_frames", f"0, or at least {most}, the frames of shapes.n_frames"
             )
     if {"vqvae", "preprocess"} <= set(c.stages):
         if c.data.vqvae:

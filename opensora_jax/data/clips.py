@@ -42,7 +42,7 @@ def decode_clips(
     *,
     resolution: tuple[int, int],
     fps: float | None,
-    max_frames: int,
+    max_frames: int | None,
     n_frames: int | None,
     multiple: int,
 ) -> Iterator[Clip | LeftOut]:
@@ -52,7 +52,8 @@ def decode_clips(
       names: relative to `folder`.
       resolution: (height, width) in pixels that videos are resized and cropped to.
       fps: frames per second that videos are resampled to; None keeps each video's own rate.
-      max_frames: a video with more frames than this (before resampling) is filtered.
+      max_frames: a video with more frames than this (after resampling) is filtered, unless it is
+        cut to `n_frames` anyway. None: none is.
       n_frames: cut every video to this many frames, and filter shorter ones. None keeps all frames
         but for a rest that is no multiple of `multiple`.
       multiple: of how many frames a clip must be a multiple.
@@ -62,9 +63,13 @@ def decode_clips(
         path = folder / name
         try:
             name.encode()
-            rate = fps or video_io.probe(path).fps
+            info = video_io.probe(path)  # to its end, which is to be there even if it is cut
             frames_THWC = video_io.read_video(
-                path, resolution=resolution, fps=fps, n_frames=n_frames, max_frames=max_frames
+                path,
+                resolution=resolution,
+                fps=fps,
+                n_frames=n_frames,
+                max_frames=None if n_frames else max_frames,
             )
         except UnicodeEncodeError:  # the dataset's columns are UTF-8
             return Failed(name, "its name is not Unicode text")
@@ -75,7 +80,7 @@ def decode_clips(
         needed = n_frames or multiple
         if len(frames_THWC) < needed:
             return Filtered(name, f"{len(frames_THWC)} frames, expected at least {needed}")
-        return Clip(frames_THWC[: len(frames_THWC) // multiple * multiple], rate)
+        return Clip(frames_THWC[: len(frames_THWC) // multiple * multiple], fps or info.fps)
 
     n_threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(n_threads) as pool:

@@ -95,6 +95,11 @@ class LatentDataset:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def window_latents(self) -> int:
+        """Latent frames that were encoded together; 1 where metadata.json says nothing of it."""
+        return max(self.metadata.get("window", 1) // self.metadata["downsample"][0], 1)
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Row `index`: video_latent_states (T, H, W) integers, text_latent_states (S, D) float32.
 
@@ -211,6 +216,12 @@ def complete_metadata(folder: epath.PathLike) -> dict:
         if not test(metadata.get(key)):
             found = f"{key}={short(metadata[key])}" if key in metadata else f"no key {key!r}"
             raise DatasetError(f"{path}: {found}: expected {meaning}")
+    window, t = metadata.get("window"), metadata["downsample"][0]
+    if window is not None and not (_is_count(window) and window % t == 0):
+        raise DatasetError(
+            f"{path}: window={short(window)}: expected the frames that were encoded together, a "
+            f"multiple of {t}"
+        )
     return metadata
 
 

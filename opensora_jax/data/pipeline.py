@@ -157,6 +157,7 @@ def latents(
     batch_size: int,
     text_length: int,
     n_latent_frames: int,
+    stride: int,
     seed: int | None,
     indices: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
@@ -169,13 +170,16 @@ def latents(
       batch_size: examples of a batch, over all processes.
       indices: the examples of each batch that this process loads; None means all.
       text_length: S; longer texts are cut.
-      n_latent_frames: T; of longer latents a random window is taken (the first without a seed).
+      n_latent_frames: T; of longer latents so many are cut out (the first without a seed).
+      stride: latent frames between two places where a cut may begin: those of an encoded window, as
+        a tokenizer decodes nothing that begins elsewhere as it was.
     """
 
     def load(row: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         example = dataset[row]
         codes, text = example[CODES], example[TEXT]
-        start = int(rng.integers(len(codes) - n_latent_frames + 1)) if seed is not None else 0
+        n_places = (len(codes) - n_latent_frames) // stride + 1
+        start = stride * int(rng.integers(n_places)) if seed is not None else 0
         return {
             "codes": codes[start : start + n_latent_frames].astype(np.int32),
             "text": pad_text(text, text_length),

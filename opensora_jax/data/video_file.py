@@ -42,6 +42,9 @@ _OPTIONS = {"format_whitelist": ",".join(_FORMATS.values()), "protocol_whitelist
 # such argument.
 _ARGUMENTS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
+# Pixels of formats in use are 0.7 to 2 times as wide as high.
+MOST_ASPECT = 4
+
 # Stated lengths are rough: the end is missing when more than this share of them is.
 _MISSING_SHARE = 0.1
 
@@ -112,6 +115,18 @@ def decode(path: Path, container, stream) -> Iterator[av.VideoFrame]:
 def usual_rate(stream: av.VideoStream) -> float:
     """Frames a second as the container claims or libav guesses."""
     return float(stream.average_rate or stream.guessed_rate or 25)  # 25: libav's own guess
+
+
+def pixel_aspect(path: Path, stream: av.VideoStream) -> float:
+    """Width over height of a pixel as it is shown, 1 where the file says nothing.
+
+    Raises:
+      VideoError: it is not from 1/MOST_ASPECT to MOST_ASPECT.
+    """
+    aspect = float(stream.sample_aspect_ratio or 1)
+    if not 1 / MOST_ASPECT <= aspect <= MOST_ASPECT:
+        raise VideoError(path, f"pixels {aspect:.4g} times as wide as high: a damaged header")
+    return aspect
 
 
 def _check_name(path):

@@ -50,7 +50,7 @@ def check_fps(fps: float) -> None:
 class VideoInfo:
     n_frames: int
     fps: float
-    height: int  # as shown, after rotation
+    height: int  # as shown: after rotation, in square pixels
     width: int
 
 
@@ -74,7 +74,7 @@ def probe(path: str | os.PathLike) -> VideoInfo:
         frame = next(video_file.decode(path, container, stream), None)
         if frame is None:
             raise VideoError(path, "no frames")
-        height, width = _shown_size(frame)
+        height, width = _shown_size(frame, video_file.pixel_aspect(path, stream))
         return VideoInfo(len(pts), fps, height, width)
 
 
@@ -91,17 +91,18 @@ def read_video(
 
     Args:
       resolution: (height, width), or one number for both: the video is resized (antialiased) until
-        it just covers this size, then cropped to it around the centre. None keeps the file's size.
+        it just covers this size, then cropped to it around the centre. None keeps the size that
+        is shown: the file's, made wider or narrower where its pixels are not square.
       fps: resample to this rate, MIN_FPS to MAX_FPS: output k is the frame whose timestamp is
         nearest to k / fps seconds after the first. None gives each frame once, whatever its
         timestamp.
       start: how many output frames (at `fps`) to skip.
       n_frames: how many output frames to read at most; the result is shorter where the video ends.
-      max_frames: refuse a file with more frames than this, before decoding it.
+      max_frames: refuse a video with more output frames (at `fps`) than this.
 
     Raises:
       ValueError: an argument out of range.
-      TooLong: more than max_frames frames in the file, or more than 2 GiB of frames to return.
+      TooLong: more than max_frames frames, or more than 2 GiB of frames to return.
       VideoError: missing, truncated, damaged, not a video, or no frame left after `start`. In a
         file without an index (.mkv, .webm) only a read to the end finds that the end is missing,
         and in one that does not state its length (.ts) none does.
@@ -109,15 +110,10 @@ def read_video(
     path = Path(path)
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     _check_arguments(size, fps, start, n_frames)
-    if max_frames is not None:
-        with video_file.opened(path) as (container, stream):
-            packets = video_file.shown_packets(path, container, stream)
-            for count, _ in enumerate(packets, start=1):
-                if count > max_frames:
-                    raise TooLong(path, f"more than {max_frames} frames")
     images, indices = [], []  # a frame that is shown several times is one image
     reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
     with video_file.opened(path) as (container, stream):
+        aspect = video_file.pixel_aspect(path, stream)
         frames = video_file.decode(path, container, stream)
         if fps is not None:
             frames = _resample(path, frames, stream, fps)
@@ -125,12 +121,14 @@ def read_video(
         for k, frame in enumerate(frames):
             if n_frames is not None and k >= start + n_frames:
                 break
+            if max_frames is not None and k >= max_frames:
+                raise TooLong(path, f"more than {max_frames} frames")
             if k < start:
                 continue
             if frame is not previous:
                 # Frames of another size (a stream may change its own) follow the first one's.
                 shape = size or (images[0].shape[:2] if images else None)
-                images.append(_to_image(reformatter, frame, shape))
+                images.append(_to_image(reformatter, frame, aspect, shape))
                 previous = frame
             indices.append(len(images) - 1)
             if len(indices) * images[0].nbytes > _MOST_BYTES:
@@ -244,14 +242,15 @@ def _resample(path, frames, stream, fps) -> Iterator[av.VideoFrame]:
         k += 1
 
 
-def _shown_size(frame):
-    turned = frame.rotation % 180 != 0
-    return (frame.width, frame.height) if turned else (frame.height, frame.width)
+def _shown_size(frame, aspect):
+    """(height, width) in square pixels, `aspect` being a pixel's width over its height."""
+    width = max(1, round(frame.width * aspect))
+    return (width, frame.height) if frame.rotation % 180 else (frame.height, width)
 
 
-def _to_image(reformatter, frame, size):
+def _to_image(reformatter, frame, aspect, size):
     """Converts to RGB, rotates as the file says, resizes to cover `size`, crops the centre."""
-    height, width = _shown_size(frame)
+    height, width = _shown_size(frame, aspect)
     out_height, out_width = size or (height, width)
     scale = max(out_height / height, out_width / width)
     covered = (max(out_height, round(height * scale)), max(out_width, round(width * scale)))

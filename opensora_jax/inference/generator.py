@@ -31,6 +31,7 @@ class DiTDescription:
       vqvae, text_model: where the tokenizer and the text model are.
       fps: frames a second of the training videos.
       downsample: (T, H, W), pixels a latent.
+      window: frames that were encoded together; None: as many as the tokenizer was trained on.
     """
 
     dit: DiTConfig
@@ -42,13 +43,14 @@ class DiTDescription:
     text_model: str
     fps: float
     downsample: tuple[int, int, int]
+    window: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "dit": dataclasses.asdict(self.dit),
             **objectives.to_fields(self.objective),
             "latent_table": self.latents.table.tolist(),
-            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: getattr(self, name) for name in (*_PLAIN, "window")},
         }
 
     @classmethod
@@ -67,6 +69,7 @@ class DiTDescription:
             objective=objectives.from_fields(found),
             latents=Latents(np.asarray(found["latent_table"], np.float32)),
             **{name: found[name] for name in _PLAIN},
+            window=found.get("window"),  # which older ones lack
         )
 
 
@@ -185,7 +188,7 @@ class Generator:
                 codes = self._sample(params, *inputs, steps=steps, guidance=guidance)
             # By way of the host: the DiT may be on many devices, the tokenizer is on one.
             codes = jax.device_get(codes)
-            videos.append(decode(self._tokenizer, codes)[: n - start])
+            videos.append(decode(self._tokenizer, codes, self._description.window)[: n - start])
         return np.concatenate(videos)
 
     def write(self, folder: epath.Path, prompts: list[str], videos: np.ndarray) -> None:

@@ -83,13 +83,16 @@ def save_tokenizer(folder: epath.PathLike, model: VQVAE) -> None:
     checkpoints.close()
 
 
-def decode(model: VQVAE, codes: jax.Array) -> np.ndarray:
-    """Codes (B, t, h, w) -> videos uint8 (B, T, H, W, 3), in windows of the trained length.
+def decode(model: VQVAE, codes: jax.Array, window: int | None = None) -> np.ndarray:
+    """Codes (B, t, h, w) -> videos uint8 (B, T, H, W, 3), window by window.
 
-    The mirror of how preprocessing encodes: a last, partial window is filled up with its last
-    codes, and their frames are dropped.
+    The mirror of `WindowEncoder`: a last, partial window is filled up with its last codes, and
+    their frames are dropped.
+
+    Args:
+      window: frames that were encoded together; None: as many as the model was trained on.
     """
-    window = max(model.n_frames // model.downsample[0], 1)
+    window = max((window or model.n_frames) // model.downsample[0], 1)
     n = codes.shape[1]
     graph, state = nnx.split(model)
     pieces = []

@@ -75,8 +75,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
         latent_grid=grid,
         text_length=text_length,
         **{name: data.metadata[name] for name in ("vqvae", "text_model", "fps", "downsample")},
+        window=data.metadata.get("window"),
     )
-    checkpoint.record_model(folder, description.to_json())
+    checkpoint.record_model(folder, description.to_json(), new_keys=("window",))
 
     def batches(rows: np.ndarray, seed: int | None) -> Iterator[dict[str, np.ndarray]]:
         return pipeline.latents(
@@ -84,6 +85,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             rows,
             text_length=text_length,
             n_latent_frames=n_frames,
+            stride=data.window_latents,
             seed=seed,
             **build.local_share(mesh, c.batch_size),
         )

@@ -59,7 +59,7 @@ def run(config, workdir: str | os.PathLike) -> None:
         text_model=text_model,
         resolution=options.resolution,
         fps=options.fps or None,
-        max_frames=options.max_frames,
+        max_frames=options.max_frames or None,
         n_frames=options.n_frames or None,
         window=options.window or None,
         batch_size=options.batch_size,
@@ -76,7 +76,7 @@ def preprocess(
     text_model: str | os.PathLike,
     resolution: int | tuple[int, int] = 128,
     fps: float | None = None,
-    max_frames: int = 600,
+    max_frames: int | None = None,
     n_frames: int | None = None,
     window: int | None = None,
     batch_size: int = 8,
@@ -95,7 +95,8 @@ def preprocess(
       text_model: what `TextEncoder` reads.
       resolution: height and width in pixels that videos are resized and cropped to.
       fps: frames per second that videos are resampled to; None keeps each video's own rate.
-      max_frames: a video with more frames than this (before resampling) is filtered.
+      max_frames: a video with more frames than this (after resampling) is filtered. None: none is,
+        as none is where `n_frames` cuts them.
       n_frames: cut every video to this many frames, and filter shorter ones. None keeps all frames
         but for a rest that is no multiple of the VQ-VAE's downsampling in time.
       window: frames that are encoded together; None takes the length the VQ-VAE was trained on. A
@@ -117,7 +118,7 @@ def preprocess(
         "batch_size": batch_size,
     }
     for name, value in counts.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise PreprocessError(f"{name}={value}: expected at least 1")
     videos, output = Path(videos), Path(output)
     entries = read_captions(captions)
@@ -139,6 +140,8 @@ def preprocess(
     if _is_done(output, settings):
         print(f"preprocess: {output}: done already")
         return
+    rate = f"videos are resampled to {fps:g}" if fps else "videos keep their own"
+    print(f"preprocess: {rate} frames a second (fps={fps or 0:g})")
     text_encoder = TextEncoder(text_model)
     metadata = {
         "complete": False,
@@ -265,9 +268,12 @@ def _is_done(output, settings):
     if not path.exists():
         return False
     metadata = dataset.read_metadata(output)
-    found = metadata.get("settings")
-    files.expect_settings(path, settings, found if isinstance(found, dict) else {})
-    return metadata.get("complete", False)
+    found, complete = metadata.get("settings"), metadata.get("complete", False)
+    found = dict(found) if isinstance(found, dict) else {}
+    if complete and not settings["max_frames"] and not metadata.get("filtered"):
+        found["max_frames"] = None  # a limit under which all stayed was none
+    files.expect_settings(path, settings, found)
+    return complete
 
 
 def _sha256(path):
@@ -295,8 +301,7 @@ def _command(captions, videos, output, vqvae, text_model, settings):
     words = ["python", "data_prep/preprocess_data.py", "-c", captions, "-v", videos, "-o", output]
     words += ["--vqvae", vqvae, "--text_model", text_model, "--resolution", *settings["resolution"]]
     for key in ("fps", "max_frames", "n_frames", "window", "videos_per_part"):
-        if settings[key] is not None:
-            words += [f"--{key}", settings[key]]
+        words += [f"--{key}", settings[key] or 0]
     return shlex.join(map(str, words))
 
 

@@ -42,8 +42,30 @@ def test_clips_are_resampled_and_cut(tmp_path):
     options = OPTIONS | {"fps": 16.0, "n_frames": 12}
     cut, short = decode_clips(tmp_path, ["a.mp4", "b.mp4"], **options)
     assert (len(cut.frames_THWC), cut.fps) == (12, 16)
-    # At twice the rate every frame is shown twice.
+    # It is cut, so that it is not too long; and at twice the rate every frame is shown twice.
     assert short == Filtered("b.mp4", "6 frames, expected at least 12")
+
+
+def test_frames_are_counted_at_the_rate_of_the_dataset_and_not_of_what_is_cut(tmp_path):
+    write_video(tmp_path / "a.mp4", gradient_video(36), fps=24)
+    options = OPTIONS | {"fps": 8.0, "max_frames": 12}
+    (whole,) = decode_clips(tmp_path, ["a.mp4"], **options)
+    assert len(whole.frames_THWC) == 12
+    (too_long,) = decode_clips(tmp_path, ["a.mp4"], **options | {"max_frames": 11})
+    assert too_long == Filtered("a.mp4", "more than 11 frames")
+    (cut,) = decode_clips(tmp_path, ["a.mp4"], **options | {"max_frames": 11, "n_frames": 8})
+    assert len(cut.frames_THWC) == 8
+
+
+def test_a_missing_end_is_told_of_what_is_cut_as_well(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 48, 64, 3), np.uint8)
+    path = tmp_path / "a.mkv"
+    write_encoded(path, noise)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    (failed,) = decode_clips(tmp_path, ["a.mkv"], **OPTIONS | {"fps": 8.0, "n_frames": 4})
+    assert isinstance(failed, Failed)
+    assert failed.reason.startswith("truncated: ")
 
 
 def test_work_is_begun_ahead_in_order_but_not_without_bound():

@@ -36,13 +36,14 @@ def data(tmp_path_factory):
     return dataset.open_dataset(folder)
 
 
-def latents(data, indices=None, seed=0):
+def latents(data, indices=None, seed=0, stride=1):
     return pipeline.latents(
         data,
         np.arange(N_ROWS),
         batch_size=BATCH,
         text_length=3,
         n_latent_frames=3,
+        stride=stride,
         seed=seed,
         indices=indices,
     )
@@ -56,14 +57,21 @@ def row_numbers(batches):
     return np.array([batch["text"][:, 0, 0] for batch in batches]).astype(int)
 
 
+def starts(batches):
+    return {int(codes[0, 0, 0]) for batch in batches for codes in batch["codes"]}
+
+
+def test_examples_begin_where_windows_of_the_encoding_did(data):
+    assert starts(draw(latents(data, stride=2), 6)) == {0, 2}
+    assert starts(draw(latents(data, stride=4), 6)) == {0}
+
+
 def test_an_epoch_has_every_row_once_and_the_next_another_order(data):
     batches = draw(latents(data), 6)
     first, second = row_numbers(batches).reshape(2, N_ROWS)
     assert sorted(first) == sorted(second) == list(range(N_ROWS))
     assert not np.array_equal(first, second)
-    # Windows start at random, within the video.
-    starts = {int(codes[0, 0, 0]) for batch in batches for codes in batch["codes"]}
-    assert starts == {0, 1, 2}
+    assert starts(batches) == {0, 1, 2}
     for batch in batches:
         assert batch["codes"].shape == (BATCH, 3, 2, 2)
         assert batch["text"].shape == (BATCH, 3, 4)

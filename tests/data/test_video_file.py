@@ -43,7 +43,7 @@ def test_an_end_that_is_missing_without_an_index_is_told_by_the_stated_length(
     assert len(read_video(path)) == probe(path).n_frames == 16
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    for read in (probe, read_video, lambda path: read_video(path, max_frames=16, n_frames=2)):
+    for read in (probe, read_video):
         with pytest.raises(
             VideoError, match=r"a\.\w+: truncated: (0\.\d|1\.0) s of a stated 2\.0 s"
         ):

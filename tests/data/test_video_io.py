@@ -263,8 +263,40 @@ def test_too_long(tmp_path):
     path = tmp_path / "a.mp4"
     write_video(path, gradient_video(9), fps=8)
     with pytest.raises(TooLong, match=r"a\.mp4: more than 8 frames"):
-        read_video(path, max_frames=8, n_frames=2)
+        read_video(path, max_frames=8)
     assert len(read_video(path, max_frames=9)) == 9
+    # Counted at the rate that it is read at.
+    assert len(read_video(path, fps=4, max_frames=5)) == 5
+    with pytest.raises(TooLong):
+        read_video(path, fps=16, max_frames=17)
+
+
+@pytest.mark.parametrize(
+    ("sides", "aspect", "shown"),
+    [((48, 70), Fraction(40, 33), (48, 85)), ((48, 72), Fraction(8, 9), (48, 64))],
+)
+def test_pixels_that_are_not_square_are_made_so(tmp_path, sides, aspect, shown):
+    path = tmp_path / "a.mp4"
+    # A square in the middle as it is to be seen, stored narrower or wider.
+    frames = np.zeros((2, *sides, 3), np.uint8)
+    half = round(12 / aspect)
+    frames[:, 12:36, sides[1] // 2 - half : sides[1] // 2 + half] = 255
+    write_encoded(path, frames, aspect=aspect)
+    info = probe(path)
+    assert (info.height, info.width) == shown
+    assert read_video(path).shape == (2, *shown, 3)
+    image = read_video(path, resolution=48)[0, :, :, 0].astype(int)
+    assert image.shape == (48, 48)
+    height, width = image[:, 24].sum() / 255, image[24].sum() / 255
+    assert width == pytest.approx(height, abs=1.2)
+
+
+def test_pixels_no_screen_has_are_a_damaged_header(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_encoded(path, gradient_video(2), aspect=16)
+    for read in (probe, read_video):
+        with pytest.raises(VideoError, match=r"a\.mp4: pixels 16 times as wide as high"):
+            read(path)
 
 
 def test_frames_are_counted_where_the_container_does_not_say(tmp_path):

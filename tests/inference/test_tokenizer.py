@@ -12,10 +12,16 @@ import pytest
 from opensora_jax import cli
 from opensora_jax.convert.torch_file import load
 from opensora_jax.convert.videogpt import load_videogpt
-from opensora_jax.data import video_io
+from opensora_jax.data import moving_shapes, video_io
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder
-from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer, save_tokenizer
+from opensora_jax.inference.tokenizer import (
+    WindowEncoder,
+    decode,
+    fingerprint,
+    load_tokenizer,
+    save_tokenizer,
+)
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -28,6 +34,23 @@ def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     save_tokenizer(workdir / "vqvae", load_videogpt(CHECKPOINT))
     return workdir
+
+
+def test_decoding_uses_the_windows_of_encoding():
+    model = load_tokenizer(CHECKPOINT)  # trained on windows of 8 frames, two latents
+    rng = np.random.default_rng(0)
+    # Two whole windows of 12 frames and a third of one.
+    video = moving_shapes.render(rng, "red", "circle", "up", 28, 16)
+    encoder = WindowEncoder(model, 12, 4)
+    encoder.add(video)
+    (codes,) = encoder.finish()
+    assert len(codes) == 7
+    decoded = decode(model, codes[None], 12)[0]
+    assert decoded.shape == video.shape
+    for i in (0, 1):
+        alone = decode(model, codes[None, 3 * i : 3 * i + 3], 12)[0]
+        np.testing.assert_array_equal(decoded[12 * i : 12 * i + 12], alone)
+    assert (decoded != decode(model, codes[None])[0]).any()
 
 
 def write_wrong(folder, workdir):

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +176,25 @@ def test_tokens_are_sharded_over_the_context_axis(tmp_path):
     with pytest.raises(ValueError, match=message):
         stage.run(c, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_window_travels_from_the_dataset_to_the_model_and_older_models_go_on(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    metadata = json.loads((data / "metadata.json").read_text())
+    dataset_writer.write_metadata(tmp_path / "data", metadata | {"window": 4})
+    config = make_config(tmp_path / "data", init_from="", steps=1)
+    stage.run(config, tmp_path)
+    found = checkpoint.read_model(tmp_path / "dit")
+    assert found["window"] == DiTDescription.read(tmp_path / "dit").window == 4
+    del found["window"]
+    (tmp_path / "dit" / "model.json").write_text(json.dumps(found))
+    config.dit.steps = 2
+    stage.run(config, tmp_path)
+    assert DiTDescription.read(tmp_path / "dit").window is None
+    dataset_writer.write_metadata(tmp_path / "data", metadata | {"window": 3})
+    config.dit.steps = 3
+    with pytest.raises(ValueError, match=r"window=3: expected the frames .* a multiple of 2"):
+        stage.run(config, tmp_path)
 
 
 def write_two_videos(folder):

@@ -186,13 +186,16 @@ def test_fixed_length_and_frame_rate(world, tmp_path, capsys):
     run_on(world, tmp_path, n_frames=8, fps=16.0, window=None)
     found = dataset.open_dataset(tmp_path)
     # At twice the rate every frame is shown twice: 3 frames give 6, too few.
-    assert found.metadata["filtered"][1]["reason"] == "6 frames, expected at least 8"
+    (filtered,) = found.metadata["filtered"]
+    assert filtered == {"file": "too_short.mp4", "reason": "6 frames, expected at least 8"}
     assert found.metadata["latent_shape"] == [2, 4, 2]
     assert found.metadata["fps"] == 16
     assert found.metadata["window"] == 8  # of the 16 that it was trained on
-    assert found.metadata["counts"] == {"kept": 3, "filtered": 2, "failed": 3}
+    # What is cut is not too long.
+    assert found.metadata["counts"] == {"kept": 4, "filtered": 1, "failed": 3}
     lines = capsys.readouterr().out.splitlines()
-    assert "6 rows of 3 videos" in lines[0]
+    assert lines[0] == "preprocess: videos are resampled to 16 frames a second (fps=16)"
+    assert "7 rows of 4 videos" in lines[1]
     assert lines[-4] == "preprocess: 3 videos failed"
     assert lines[-2] == "  missing.mp4: no such file"
 
@@ -278,7 +281,7 @@ def command(world, captions, videos, output):
     words = [ROOT / "data_prep" / "preprocess_data.py"]
     words += ["-c", captions, "-v", videos, "-o", output, "--vqvae", world / "vqvae"]
     words += ["--text_model", world / "text_model", "--resolution", *RESOLUTION]
-    words += ["--window", WINDOW, "--videos_per_part", 1, "--batch_size", 3]
+    words += ["--window", WINDOW, "--videos_per_part", 1, "--batch_size", 3, "--fps", 0]
     return [str(word) for word in words]
 
 
@@ -323,7 +326,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(world, tmp_path):
     made = identities(kept)
     assert len(kept) == 6
 
-    options = {"captions": path, "videos": videos, "videos_per_part": 1, "max_frames": 600}
+    options = {"captions": path, "videos": videos, "videos_per_part": 1, "max_frames": None}
     run_on(world, output, **options)
     assert identities(kept) == made  # not made again
     run_on(world, tmp_path / "straight", **options)
