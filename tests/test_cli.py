@@ -139,7 +139,7 @@ def script(name):
         (lambda: plan.main, []),
         (lambda: sample.main, ["out.mp4", "16", "the training's sample.steps, or 50 if unknown"]),
         (lambda: script("moving_shapes"), ["1000", "all", "0"]),
-        (lambda: script("preprocess_data"), ["openai/clip-vit-base-patch32", "128", "600"]),
+        (lambda: script("preprocess_data"), ["openai/clip-vit-base-patch32", "128", "8"]),
         (lambda: script("import_videogpt"), ["as the checkpoint says"]),
         (lambda: script("collate_msrvtt"), []),
     ],
