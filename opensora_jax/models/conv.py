@@ -1,5 +1,7 @@
 """Stride-1 3-D convolution: XLA's where there are convolution units, on CPUs `cpu.conv`.
 
+A strided one is the same over cells: `fold` the axis, of the input and of the kernel.
+
 Shape suffixes: B batch, T, H, W positions, C features in, F features out; the kernel is (kt, kh,
 kw, C, F).
 """
@@ -49,3 +51,23 @@ def _conv_xla(x, kernel):
         padding="VALID",
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
     )
+
+
+def fold(x: jax.Array, axis: int, channel: int) -> jax.Array:
+    """Pairs along `axis` (an odd last one is dropped) become channels: n -> n // 2, C -> 2 C."""
+    n = x.shape[axis] // 2
+    x = jax.lax.slice_in_dim(x, 0, 2 * n, axis=axis)
+    shape = list(x.shape)
+    x = jnp.moveaxis(x.reshape(*shape[:axis], n, 2, *shape[axis + 1 :]), axis + 1, channel)
+    shape[axis] = n
+    shape[channel] *= 2
+    return x.reshape(shape)
+
+
+def unfold(x: jax.Array, axis: int, channel: int) -> jax.Array:
+    """The inverse of `fold`: C -> C // 2, n -> 2 n."""
+    shape = list(x.shape)
+    shape[channel] //= 2
+    x = x.reshape(*shape[:channel], 2, *shape[channel:])
+    shape[axis] *= 2
+    return jnp.moveaxis(x, channel, axis + 1).reshape(shape)

@@ -15,7 +15,7 @@ from flax import nnx
 from opensora_jax.mesh import constrain
 from opensora_jax.models import layers
 from opensora_jax.models.codebook import Codebook
-from opensora_jax.models.conv import conv
+from opensora_jax.models.conv import conv, fold, unfold
 from opensora_jax.models.cpu import add_bias
 
 Size3 = tuple[int, int, int]
@@ -67,7 +67,7 @@ class Conv(nnx.Module):
         x = _pad(x.astype(self.dtype), _same_padding(w.shape[:3], self.stride))
         for axis, s in enumerate(self.stride):
             if s == 2:
-                x, w = _fold(x, axis + 1, channel=4), _fold(w, axis, channel=3)
+                x, w = fold(x, axis + 1, channel=4), fold(w, axis, channel=3)
         y = constrain(conv(constrain(x, ..., "conv_in"), w.astype(self.dtype)), ..., "conv_out")
         return y if self.bias is None else add_bias(y, self.bias[...].astype(self.dtype))
 
@@ -105,33 +105,13 @@ class ConvTranspose(nnx.Module):
             else:
                 # Output 2q + r sees taps (3 - r, 1 - r) of two neighbouring inputs.
                 pairs = w.reshape(*w.shape[:axis], 2, 2, *w.shape[axis + 1 :])
-                w = _fold(jnp.flip(pairs, axis).reshape(w.shape), axis, channel=4)
+                w = fold(jnp.flip(pairs, axis).reshape(w.shape), axis, channel=4)
         y = constrain(conv(constrain(x, ..., "conv_in"), w.astype(self.dtype)), ..., "conv_out")
         for axis in reversed(range(3)):
             if self.stride[axis] == 2:
-                y = _unfold(y, axis + 1, channel=4)
+                y = unfold(y, axis + 1, channel=4)
                 y = jax.lax.slice_in_dim(y, 1, y.shape[axis + 1] - 1, axis=axis + 1)
         return add_bias(y, self.bias[...].astype(self.dtype))
-
-
-def _fold(x: jax.Array, axis: int, channel: int) -> jax.Array:
-    """Pairs along `axis` (an odd last one is dropped) become channels: n -> n // 2, C -> 2 C."""
-    n = x.shape[axis] // 2
-    x = jax.lax.slice_in_dim(x, 0, 2 * n, axis=axis)
-    shape = list(x.shape)
-    x = jnp.moveaxis(x.reshape(*shape[:axis], n, 2, *shape[axis + 1 :]), axis + 1, channel)
-    shape[axis] = n
-    shape[channel] *= 2
-    return x.reshape(shape)
-
-
-def _unfold(x: jax.Array, axis: int, channel: int) -> jax.Array:
-    """The inverse of `_fold`: C -> C // 2, n -> 2 n."""
-    shape = list(x.shape)
-    shape[channel] //= 2
-    x = x.reshape(*shape[:channel], 2, *shape[channel:])
-    shape[axis] *= 2
-    return jnp.moveaxis(x, channel, axis + 1).reshape(shape)
 
 
 class AxialAttention(nnx.Module):
