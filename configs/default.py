@@ -69,6 +69,9 @@ def get_config() -> ConfigDict:
     # autoencoder that already works gives the codebook something worth quantizing.
     c.vqvae.quantize_from = 0.1
     c.vqvae.quantize_to = 0.2
+    # Of a clip's first and last frame in the loss: they see frames on one side only, and where
+    # windows of long videos meet, less sharp ones would show.
+    c.vqvae.end_weight = 2.0
     c.vqvae.dtype = "auto"  # compute: float32, bfloat16, or auto (bfloat16 where the device has it)
     c.vqvae.log_every = 50  # steps
     c.vqvae.eval_every = 2000  # steps
@@ -98,6 +101,7 @@ def get_config() -> ConfigDict:
     # A checkpoint of facebookresearch/DiT of the same depth, width and heads, such as
     # DiT-XL-2-256x256.pt: a new training starts from its blocks. Empty: from scratch.
     c.dit.init_from = ""
+    c.dit.components = 0  # principal components of the code embeddings that are denoised; 0: all
     c.dit.patch = 2  # a token is 1 x patch x patch latents
     c.dit.text_mode = "cross_attention"  # or in_context: text tokens join the sequence
     c.dit.text_length = 0  # tokens a caption is padded or cut to; 0: the longest in the data

@@ -1,6 +1,5 @@
 """The device mesh, and the one table that maps logical axes of arrays onto it."""
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,6 +7,7 @@ from types import EllipsisType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
@@ -211,15 +211,6 @@ def size(axis: str | None = None) -> int:
     return mesh.size if axis is None else mesh.shape[axis]
 
 
-def context_of(tree: PyTree) -> contextlib.AbstractContextManager:
-    """Sets the mesh that the arrays of `tree` are sharded over, if they are."""
-    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
-    for sharding in shardings:
-        if isinstance(sharding, NamedSharding):
-            return jax.set_mesh(sharding.mesh)
-    return contextlib.nullcontext()
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -233,6 +224,11 @@ def local_batch_indices(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[place] for place in places]))
 
 
+def microbatches(batch: PyTree, n: int) -> PyTree:
+    """Arrays (B, ...) -> (n, B / n, ...), strided, so that each part is spread over all devices."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """The `local_batch_indices` of a batch -> global arrays sharded over the data axes."""
     sharding = NamedSharding(mesh, BATCH)
@@ -240,3 +236,18 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()
     }
+
+
+def shard_whole(batch: PyTree, mesh: Mesh) -> PyTree:
+    """A batch that every process holds whole -> global arrays sharded over the data axes."""
+    sharding = NamedSharding(mesh, BATCH)
+
+    def shard(x):
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        host = np.asarray(jax.random.key_data(x) if is_key else x)
+        array = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return jax.random.wrap_key_data(array) if is_key else array
+
+    return jax.tree.map(shard, batch)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from opensora_jax.data import video_io
     from opensora_jax.inference.generator import Generator
 
-    runtime.keep_compiled_programs()
+    runtime.start()
     folder = _dit_folder(files.absolute(args.workdir))
     generator = Generator.load(folder)
     videos = generator.sample(
@@ -44,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         grid=generator.latent_grid(args.frames, args.height, args.width),
         batch_size=args.batch_size,
     )
+    if jax.process_index():
+        return  # the first one writes
     for output, prompt, video in zip(outputs, prompts, videos, strict=True):
         with files.local(output) as path:
             video_io.write_video(path, video, args.fps or generator.fps)
         print(f"{output}: {prompt}")
-    print(f"{len(videos)} video(s) of shape {videos.shape[1:]} on {jax.devices()[0].platform}")
+    where = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    print(f"{len(videos)} video(s) of shape {videos.shape[1:]} on {where}")
 
 
 def _read_prompts(path: str | None) -> list[str]:

@@ -170,12 +170,3 @@ def test_slices_are_divided_over_data_or_else_over_fsdp(given, axis):
         assert (half == i).all()
     with pytest.raises(ValueError, match=r"data=1, mesh\.fsdp=1: the 2 slices do not divide them"):
         mesh_lib.make_mesh(sizes(context=8), devices)
-
-
-def test_the_mesh_of_divided_arrays_is_their_context():
-    mesh = mesh_lib.make_mesh(sizes(data=2, fsdp=4))
-    divided = jax.device_put(np.zeros(8), NamedSharding(mesh, P("fsdp")))
-    with mesh_lib.context_of({"kernel": divided}):
-        assert jax.jit(lambda x: x * mesh_lib.size("fsdp"))(np.ones(3)).tolist() == [4, 4, 4]
-    with mesh_lib.context_of({"kernel": jax.device_put(np.zeros(8), jax.devices()[0])}):
-        assert mesh_lib.size("fsdp") == 1

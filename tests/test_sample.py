@@ -1,19 +1,29 @@
 """Sampling from a DiT of random weights: its defaults, and mistakes told before anything runs."""
 
+import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import default
 from opensora_jax import cli, sample
+from opensora_jax import mesh as mesh_lib
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import video_io
-from opensora_jax.inference.generator import Generator
+from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model
+from opensora_jax.models.dit import PLAIN
+from opensora_jax.tasks.dit import DiTTask
 
+ROOT = Path(__file__).parents[1]
 VQVAE = Path(__file__).parent / "golden" / "videogpt_stride4x4x4.ckpt"
 DIT = {
     "depth": 1,
@@ -95,6 +105,57 @@ def test_a_prompt_to_a_video(workdir, tmp_path):
         videos.append(output.read_bytes())
     assert videos[0] == videos[1]
     assert video_io.probe(output).fps == 8
+
+
+def on(workdir, sizes, n_devices):
+    """Videos of three prompts, drawn on a mesh of these sizes."""
+    mesh = mesh_lib.make_mesh(dict.fromkeys(mesh_lib.AXES, 1) | sizes, jax.devices()[:n_devices])
+    generator = Generator(DiTDescription.read(workdir / "dit"), mesh=mesh)
+    params = generator.restore(workdir / "dit")
+    prompts = ["a red circle", "a circle", "red"]
+    return params, generator.sample(prompts, params=params, steps=3, guidance=3.0, seed=1)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_many_devices_hold_a_part_each_and_draw_the_same(workdir, sizes):
+    _, expected = on(workdir, {}, 1)
+    params, videos = on(workdir, sizes, 8)
+    np.testing.assert_array_equal(videos, expected)
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
+    assert held < 0.5 * sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+@pytest.mark.slow
+def test_processes_draw_together_and_the_first_writes(workdir, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "opensora_jax.sample", f"--workdir={workdir}", "--prompt=red"]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "2"}
+    many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    runs = [environment, *(environment | many | {"JAX_PROCESS_ID": str(i)} for i in range(2))]
+    processes = [
+        subprocess.Popen([*command, f"--output={tmp_path / f'{i}.mp4'}"], env=run, cwd=ROOT)
+        for i, run in enumerate(runs)
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.mp4", "1.mp4"]
+    assert (tmp_path / "0.mp4").read_bytes() == (tmp_path / "1.mp4").read_bytes()
+
+
+def test_weights_are_in_the_dtype_of_compute(workdir):
+    description = DiTDescription.read(workdir / "dit")
+    execution = dataclasses.replace(PLAIN, dtype=jnp.dtype(jnp.bfloat16))
+    task = DiTTask(description.dit, description.latents, description.objective, execution=execution)
+    generator = Generator(description, task)
+    params = generator.restore(workdir / "dit")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    video = generator.sample(["red"], params=params, steps=2, guidance=3.0, seed=1)
+    assert video.shape == (1, 8, 16, 16, 3)
 
 
 def test_prompts_of_a_file_at_another_size_and_rate(workdir, tmp_path):

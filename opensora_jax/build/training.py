@@ -29,6 +29,7 @@ def vqvae_task(c: ConfigDict) -> VQVAETask:
         networks.vqvae_config(c),
         dtype=networks.compute_dtype(c.dtype),
         quantize_between=(int(c.quantize_from * c.steps), int(c.quantize_to * c.steps)),
+        end_weight=c.end_weight,
     )
 
 

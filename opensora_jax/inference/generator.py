@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from opensora_jax import files, rngs
 from opensora_jax import mesh as mesh_lib
@@ -77,11 +78,12 @@ _PLAIN = ("latent_grid", "text_length", "vqvae", "text_model", "fps", "downsampl
 
 
 class Generator:
-    """Turns prompts into videos.
+    """Turns prompts into videos, on all devices of all processes, which call it alike.
 
     Args:
       description: of the DiT.
       task: the DiT's in training; by default one that only samples.
+      mesh: that weights and prompts are sharded over; by default all devices, weights over fsdp.
 
     Attributes:
       fps: frames a second of the training videos.
@@ -90,16 +92,24 @@ class Generator:
       FileNotFoundError: not the tokenizer or text model that the description names.
     """
 
-    def __init__(self, description: DiTDescription, task: DiTTask | None = None):
+    def __init__(
+        self, description: DiTDescription, task: DiTTask | None = None, mesh: Mesh | None = None
+    ):
         d = description
         self.task = task or DiTTask(
             d.dit, d.latents, d.objective, execution=networks.sampling_execution(d.dit)
         )
         self.fps = d.fps
         self._description = d
+        self._mesh = mesh or mesh_lib.make_mesh({**dict.fromkeys(mesh_lib.AXES, 1), "fsdp": -1})
         self._text_encoder = TextEncoder(d.text_model)
         self._tokenizer = load_tokenizer(d.vqvae)
-        self._sample = jax.jit(self.task.sample, static_argnames=("steps", "guidance"))
+        # Codes whole, so that every process can read them.
+        self._sample = jax.jit(
+            self.task.sample,
+            static_argnames=("steps", "guidance"),
+            out_shardings=mesh_lib.replicated(self._mesh),
+        )
 
     @classmethod
     def load(cls, folder: epath.PathLike) -> "Generator":
@@ -111,7 +121,7 @@ class Generator:
         return cls(DiTDescription.read(folder))
 
     def restore(self, folder: epath.PathLike, *, best: bool = False) -> PyTree:
-        """The averaged weights of the last checkpoint in `folder`.
+        """The averaged weights of the last checkpoint in `folder`, sharded, in the compute dtype.
 
         Args:
           best: those of the lowest validation loss instead.
@@ -120,12 +130,15 @@ class Generator:
           FileNotFoundError: none there, or none that is not damaged.
         """
         params, _ = jax.eval_shape(self.task.init, jax.random.key(0))
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = self.task.param_shardings(self._mesh)
         like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            params,
+            shardings,
         )
         name = checkpoint.BEST if best else checkpoint.FOLDER
-        return checkpoint.restore_items(folder, {"ema": like}, name=name)["ema"]
+        params = checkpoint.restore_items(folder, {"ema": like}, name=name)["ema"]
+        return self.task.cast(params)
 
     def latent_grid(
         self, n_frames: int | None = None, height: int | None = None, width: int | None = None
@@ -162,7 +175,8 @@ class Generator:
         """Videos, uint8 (n, T, H, W, 3), one a prompt.
 
         The noise of a video depends on `seed` and its place in the list only. All batches have one
-        size, the last filled up, so that one compilation serves all.
+        size, the last filled up, so that one compilation serves all; it is rounded up to a multiple
+        of the devices that share it.
 
         Args:
           ancestral: draw noise in every step, too; of models with the objective ddpm.
@@ -174,8 +188,8 @@ class Generator:
         features = self._text_encoder.encode(prompts)
         text = np.stack([pipeline.pad_text(f, text_length) for f in features])
         lengths = np.array([min(len(f), text_length) for f in features], np.int32)
-        n = len(prompts)
-        batch_size = min(batch_size, n)
+        n, parts = len(prompts), self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        batch_size = -(-min(batch_size, n) // parts) * parts
         shape = (*(grid or self._description.latent_grid), self.task.latents.channels)
         noises = jax.vmap(lambda i: jax.random.normal(rngs.key(seed, "sample", i), shape))
         keys = jax.vmap(lambda i: rngs.key(seed, "ancestral", i))
@@ -183,8 +197,8 @@ class Generator:
         for start in range(0, n, batch_size):
             index = np.minimum(np.arange(start, start + batch_size), n - 1)
             noise, keys_B = noises(index), keys(index) if ancestral else None
-            inputs = (text[index], lengths[index], noise, keys_B)
-            with mesh_lib.context_of(params):
+            inputs = mesh_lib.shard_whole((text[index], lengths[index], noise, keys_B), self._mesh)
+            with jax.set_mesh(self._mesh):
                 codes = self._sample(params, *inputs, steps=steps, guidance=guidance)
             # By way of the host: the DiT may be on many devices, the tokenizer is on one.
             codes = jax.device_get(codes)

@@ -297,11 +297,13 @@ class VQVAE(nnx.Module):
         video: jax.Array,
         key: jax.Array | None = None,
         quantized_share: jax.Array | float = 1.0,
+        end_weight: float = 1.0,
     ) -> dict[str, jax.Array]:
         """The terms of the loss and what to watch, scalars but for `recon` and `codes`.
 
         With a `key` the codebook's averages move (and, after `.train()`, batch statistics do), and
-        of every video's positions only `quantized_share` reach the decoder quantized.
+        of every video's positions only `quantized_share` reach the decoder quantized. The first and
+        last frame count `end_weight` times.
         """
         z = self.latents(video)
         if key is None:
@@ -316,8 +318,11 @@ class VQVAE(nnx.Module):
             chosen = jax.random.uniform(jax.random.fold_in(key, 1), (z.shape[0], 1, 1, 1, 1))
             quantized = jnp.where(chosen < quantized_share, quantized, z)
         recon = self.reconstruct(quantized)
+        weight_T = jnp.ones(video.shape[1]).at[jnp.array([0, -1])].set(end_weight)
+        weight_T /= weight_T.mean()
         return {
-            "recon_loss": jnp.mean((recon - video) ** 2) / DATA_VARIANCE,
+            "recon_loss": jnp.mean(weight_T[:, None, None, None] * (recon - video) ** 2)
+            / DATA_VARIANCE,
             "commitment_loss": commitment,
             "recon": recon,
             "codes": codes,

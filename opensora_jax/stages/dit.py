@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from opensora_jax import files, rngs
+from opensora_jax import files, rngs, runtime
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.build import networks
 from opensora_jax.build import training as build
@@ -58,7 +58,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     grid = (n_frames, *(int(n) for n in data.latent_shapes[0, 1:]))
     training = build.dit_training(
         config,
-        Latents.normalized(data.codebook, data.code_counts),
+        Latents.normalized(data.codebook, data.code_counts, c.components),
         grid=grid,
         text_length=text_length,
         text_width=data.metadata["text_width"],
@@ -92,10 +92,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     evaluations = []
     if len(validation_rows):
-        validation = Validation(task, batches(validation_rows, 0), mesh)
+        validation = Validation(task, batches(validation_rows, 0), mesh, c.accumulate)
         evaluations.append(loop.Evaluation(c.eval_every, validation))
     prompts = list(config.sample.prompts) or _captions(data, validation_rows)
-    samples = SampleVideos(config, folder, task, description, prompts)
+    samples = SampleVideos(config, folder, task, description, prompts, mesh)
     evaluations.append(loop.Evaluation(c.eval_every, samples))
     loop.fit(
         task,
@@ -153,10 +153,21 @@ def _captions(data: LatentDataset, validation_rows: np.ndarray) -> list[str]:
 
 
 class Validation:
-    """An evaluation: losses of the averaged weights by noise level, always on the same batches."""
+    """An evaluation: losses of the averaged weights by noise level, always on the same batches.
 
-    def __init__(self, task: DiTTask, batches: Iterator[dict[str, np.ndarray]], mesh: Mesh):
-        self._step, self._mesh = jax.jit(task.eval_step), mesh
+    Args:
+      accumulate: microbatches a batch, so that what fits in training fits here.
+    """
+
+    def __init__(
+        self,
+        task: DiTTask,
+        batches: Iterator[dict[str, np.ndarray]],
+        mesh: Mesh,
+        accumulate: int,
+    ):
+        self._step, self._mesh = jax.jit(task.eval_step, static_argnames="accumulate"), mesh
+        self._accumulate = accumulate
         self._batches = [
             mesh_lib.shard_batch(next(batches), mesh) for _ in range(N_VALIDATION_BATCHES)
         ]
@@ -164,7 +175,10 @@ class Validation:
     def __call__(self, state: TrainState) -> dict[str, float]:
         key = rngs.key(0, "validation")
         with jax.set_mesh(self._mesh):
-            losses = [self._step(state.ema, batch, key) for batch in self._batches]
+            losses = [
+                self._step(state.ema, batch, key, accumulate=self._accumulate)
+                for batch in self._batches
+            ]
         losses = jax.device_get(losses)
         return {name: float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
 
@@ -179,20 +193,23 @@ class SampleVideos:
         task: DiTTask,
         description: DiTDescription,
         prompts: list[str],
+        mesh: Mesh,
     ):
         self._config, self._folder, self._prompts = config, folder, prompts
-        self._task, self._description = task, description
         self._generator: Generator | None = None
+        problem = None
+        try:
+            self._generator = Generator(description, task, mesh)
+        except FileNotFoundError as error:
+            problem = str(error)
+        # All draw together, or none.
+        if (problem := runtime.first_text(problem)) is not None:
+            logger.warning("no sample videos while training: %s", problem)
+            self._generator = None
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        if jax.process_index() or jax.process_count() > 1:
-            return {}  # a process has only its share of the weights
         if self._generator is None:
-            try:
-                self._generator = Generator(self._description, self._task)
-            except FileNotFoundError as error:
-                logger.warning("no sample videos while training: %s", error)
-                return {}
+            return {}
         c = self._config.sample
         videos = self._generator.sample(
             self._prompts,
@@ -202,6 +219,7 @@ class SampleVideos:
             ancestral=c.ancestral,
             seed=self._config.seed,
         )
-        folder = self._folder / "samples" / f"step{int(state.step):06d}"
-        self._generator.write(folder, self._prompts, videos)
+        if jax.process_index() == 0:
+            folder = self._folder / "samples" / f"step{int(state.step):06d}"
+            self._generator.write(folder, self._prompts, videos)
         return {}

@@ -30,17 +30,34 @@ class Latents:
     table: np.ndarray
 
     @classmethod
-    def normalized(cls, codebook: np.ndarray, code_counts: np.ndarray) -> "Latents":
-        """Embeddings of mean 0 and variance 1 in each channel over the data's codes.
+    def normalized(
+        cls, codebook: np.ndarray, code_counts: np.ndarray, components: int = 0
+    ) -> "Latents":
+        """Embeddings of mean 0 and variance 1 over the data's codes.
+
+        Each channel is brought to variance 1. With `components`, these channels then are the first
+        principal components of that, scaled alike to a variance of 1 in the mean: a codebook lies
+        in few of its dimensions, and noise in the others only hides how noisy a latent is.
 
         Args:
           codebook: (n_codes, dim) float32.
           code_counts: (n_codes,), how often each code occurs in the data.
+          components: channels to keep; 0: all, as they are.
         """
         share = (code_counts / code_counts.sum())[:, None]
         mean = (codebook * share).sum(axis=0)
         std = np.sqrt((((codebook - mean) ** 2) * share).sum(axis=0))
-        return cls(np.asarray((codebook - mean) / np.maximum(std, 1e-6), np.float32))
+        table = (codebook - mean) / np.maximum(std, 1e-6)
+        if components:
+            import os
+
+            variance, directions = np.linalg.eigh((table * share).T @ table)
+            table = table @ directions[:, ::-1][:, :components]
+            ev = variance[::-1][:components]
+            p = float(os.environ.get("WHITEN", "0"))
+            table = table / ev ** (p / 2)
+            table /= np.sqrt((table**2 * share).sum() / components)
+        return cls(np.asarray(table, np.float32))
 
     @property
     def channels(self) -> int:
@@ -88,6 +105,19 @@ class DiTTask:
         shardings = mesh_lib.param_shardings(self._params, mesh_lib.DIT_RULES, mesh)
         return nnx.to_pure_dict(shardings)
 
+    def cast(self, params: PyTree) -> PyTree:
+        """Weights in the dtype that the model computes in, to sample with; the given ones go."""
+        dtype = self._execution.dtype
+        if dtype == jnp.float32:
+            return params
+        shardings = jax.tree.map(lambda x: x.sharding, params)
+        cast = jax.jit(
+            lambda params: jax.tree.map(lambda x: x.astype(dtype), params),
+            out_shardings=shardings,
+            donate_argnums=0,
+        )
+        return cast(params)
+
     def model(self, params: PyTree) -> DiT:
         return nnx.merge(self._graphdef, params, {})
 
@@ -103,22 +133,35 @@ class DiTTask:
         b = batch["codes"].shape[0]
         drop_B = jax.random.uniform(drop_key, (b,)) < self._caption_dropout
         level_B = self.objective.sample_levels(level_key, b)
-        return self._loss(params, batch, level_B, noise_key, drop_B), (extra, {})
+        noise = jax.random.normal(noise_key, (*batch["codes"].shape, self.latents.channels))
+        return self._loss(params, batch, level_B, noise, drop_B), (extra, {})
 
     def eval_step(
-        self, params: PyTree, batch: dict[str, jax.Array], key: jax.Array
+        self, params: PyTree, batch: dict[str, jax.Array], key: jax.Array, accumulate: int = 1
     ) -> dict[str, jax.Array]:
-        """The training loss (ddpm: error plus bound) at each of `NOISE_LEVELS`, and their mean."""
-        b = batch["codes"].shape[0]
-        losses = {
-            f"validation_loss/t={t}": self._loss(params, batch, jnp.full((b,), t), key, None)
-            for t in NOISE_LEVELS
-        }
-        return {**losses, "validation_loss": sum(losses.values()) / len(losses)}
+        """The training loss (ddpm: error plus bound) at each of `NOISE_LEVELS`, and their mean.
 
-    def _loss(self, params, batch, level_B, noise_key, drop_B):
+        The same whatever `accumulate`, the number of microbatches that are computed one by one.
+        """
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(batch["codes"])))
+        parts = mesh_lib.microbatches({**batch, "key": keys_B}, accumulate)
+
+        def loss(level):
+            def part_loss(part):
+                shape = (*part["codes"].shape[1:], self.latents.channels)
+                noise = jax.vmap(lambda key: jax.random.normal(key, shape))(part["key"])
+                level_B = jnp.full(part["text_length"].shape, level)
+                return self._loss(params, part, level_B, noise, None)
+
+            return jnp.mean(jax.lax.map(part_loss, parts))
+
+        # One after the other, and not compiled once for each.
+        losses = jax.lax.map(loss, jnp.array(NOISE_LEVELS))
+        named = {f"validation_loss/t={t}": x for t, x in zip(NOISE_LEVELS, losses, strict=True)}
+        return {**named, "validation_loss": jnp.mean(losses)}
+
+    def _loss(self, params, batch, level_B, noise, drop_B):
         x_0 = self.latents.from_codes(batch["codes"])
-        noise = jax.random.normal(noise_key, x_0.shape)
         network = self._network(params, batch["text"], batch["text_length"], drop_B)
         return jnp.mean(self.objective.loss(network, x_0, noise, level_B))
 

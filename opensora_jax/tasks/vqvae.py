@@ -28,6 +28,8 @@ class VQVAETask:
     Args:
       quantize_between: steps between which training examples go over from continuous latents to
         quantized ones, more and more of them; by default all are quantized from the first step.
+      end_weight: of the first and last frame of a clip in the loss, which see frames on one side
+        only; 1: all alike.
     """
 
     def __init__(
@@ -36,9 +38,10 @@ class VQVAETask:
         *,
         dtype: jnp.dtype = jnp.float32,
         quantize_between: tuple[int, int] = (-1, 0),
+        end_weight: float = 1.0,
     ):
         self.config, self._dtype = config, dtype
-        self._quantize_between = quantize_between
+        self._quantize_between, self._end_weight = quantize_between, end_weight
         model = nnx.eval_shape(lambda: VQVAE(config, rngs=nnx.Rngs(0), dtype=dtype))
         self._graphdef, self._params, _ = nnx.split(model, nnx.Param, ...)
 
@@ -69,7 +72,7 @@ class VQVAETask:
         model.train()
         start, end = self._quantize_between
         share = jnp.clip((step - start) / max(end - start, 1), 0.0, 1.0)
-        out = model.losses(to_float(batch["video"]), key, share)
+        out = model.losses(to_float(batch["video"]), key, share, self._end_weight)
         _, _, extra = nnx.split(model, nnx.Param, ...)
         return self._total(out), (nnx.to_pure_dict(extra), self._metrics(out))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opensora_jax import rngs
+from opensora_jax import mesh, rngs
 from opensora_jax.train.settings import StepSettings
 from opensora_jax.train.state import Task, TrainState
 
@@ -39,8 +39,7 @@ def train_step(
     if n == 1:
         extra, (grads, metrics) = gradient(state.extra, batch, 0)
     else:
-        # Strided, so that every microbatch is spread over all devices.
-        split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, n, *x.shape[1:]), 1, 0), batch)
+        split = mesh.microbatches(batch, n)
 
         def add(carry, xs):
             extra, total = carry

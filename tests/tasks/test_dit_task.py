@@ -78,6 +78,27 @@ def test_the_loss_is_error_and_bound_of_what_the_model_gives(task, params):
     np.testing.assert_allclose(loss, expected, rtol=1e-3)
 
 
+def test_evaluation_is_the_same_in_microbatches_and_takes_less_memory(task, params):
+    rng = np.random.default_rng(7)
+    b = 32
+    batch = {
+        "codes": rng.integers(16, size=(b, 2, 16, 16)).astype(np.int32),
+        "text": rng.normal(size=(b, 3, 6)).astype(np.float32),
+        "text_length": rng.integers(1, 4, b).astype(np.int32),
+    }
+    step = jax.jit(task.eval_step, static_argnames="accumulate")
+    compiled = [
+        step.lower(params, batch, jax.random.key(0), accumulate=n).compile() for n in (1, 8)
+    ]
+    whole, parts = (run(params, batch, jax.random.key(0)) for run in compiled)
+    assert whole.keys() == parts.keys()
+    assert len(set(map(float, whole.values()))) == len(whole)
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-5)
+    memory = [run.memory_analysis().temp_size_in_bytes for run in compiled]
+    assert memory[1] < memory[0] / 4
+
+
 def test_ancestral_samples_depend_on_their_own_keys(task, params):
     noise = jax.random.normal(jax.random.key(4), (B, *GRID, CHANNELS))
     keys = jax.random.split(jax.random.key(5), B)
