@@ -1,5 +1,7 @@
 """Networks as a configuration describes them; what "auto" means is decided here."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -7,6 +9,8 @@ from ml_collections import ConfigDict
 from opensora_jax.models import attention, dit
 from opensora_jax.models.dit import DiTConfig, Execution
 from opensora_jax.models.vqvae import VQVAEConfig
+
+logger = logging.getLogger(__name__)
 
 
 def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
@@ -22,28 +26,37 @@ def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
 
 
 def attention_implementation(
-    name: str, config: DiTConfig, dtype: jnp.dtype, platform: str | None = None
+    name: str,
+    config: DiTConfig,
+    dtype: jnp.dtype,
+    platform: str | None = None,
+    capability: str | None = None,
 ) -> str:
     """The key of `attention.BACKENDS` that `name` means for the heads of a DiT.
 
     "auto" is the fastest that the platform has: cuDNN's on GPUs, splash attention on TPUs, else
-    plain XLA.
+    plain XLA. Where a GPU cannot do cuDNN's, a line in the log says why.
+
+    Args:
+      capability: the GPU's compute capability; None: that of this process's, if it has one.
 
     Raises:
-      ValueError: heads that cuDNN cannot do.
+      ValueError: cuDNN's is asked for by name where it cannot be used.
     """
-    platform = platform or jax.default_backend()
-    can = attention.cudnn_can(config.head_size, dtype)
-    if name == "cudnn" and not can:
-        raise ValueError(
-            "dit.attention='cudnn': expected bfloat16 or float16 and a head size that is a "
-            f"multiple of 8 up to 128, not {jnp.dtype(dtype).name} and {config.head_size}"
-        )
+    if platform is None:
+        platform = jax.default_backend()
+        capability = capability or getattr(jax.local_devices()[0], "compute_capability", None)
+    lack = attention.cudnn_lacks(config.head_size, dtype, capability)
+    if name == "cudnn" and lack:
+        raise ValueError(f"dit.attention='cudnn': expected {lack}; 'xla' can do it")
     if name != "auto":
         return name
-    if platform == "gpu" and can:
-        return "cudnn"
-    return "splash" if platform == "tpu" else "xla"
+    if platform != "gpu":
+        return "splash" if platform == "tpu" else "xla"
+    if lack:
+        logger.info("dit.attention: xla, since cuDNN's attention needs %s", lack)
+        return "xla"
+    return "cudnn"
 
 
 def execution(c: ConfigDict, config: DiTConfig, platform: str | None = None) -> Execution:

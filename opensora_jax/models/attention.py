@@ -17,9 +17,25 @@ BACKENDS = {"xla": None, "cudnn": "gpu", "splash": "tpu"}
 NAMES = ("auto", *BACKENDS)
 
 
-def cudnn_can(head_size: int, dtype: jnp.dtype) -> bool:
-    """Whether cuDNN's attention takes heads of this size and type."""
-    return dtype in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128
+def cudnn_lacks(head_size: int, dtype: jnp.dtype, capability: str | None) -> str | None:
+    """What cuDNN's attention would need, and does not get; None: nothing, it can be used.
+
+    Args:
+      capability: the GPU's compute capability, such as "8.0"; None: not known, taken for enough.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"bfloat16 or float16, not {jnp.dtype(dtype).name}"
+    if head_size % 8 or head_size > 128:
+        return f"a head size that is a multiple of 8 up to 128, not {head_size}"
+    if capability is None:
+        return None
+    try:
+        is_enough = float(capability) >= 8.0
+    except ValueError:  # AMD's, gfx942 for instance
+        is_enough = False
+    return (
+        None if is_enough else f"a GPU of compute capability 8.0 (Ampere) or more, not {capability}"
+    )
 
 
 def attention(
