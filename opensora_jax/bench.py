@@ -12,13 +12,14 @@ import time
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from opensora_jax import cli, hardware, rngs, runtime
 from opensora_jax import config as config_lib
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.models import flops
-from opensora_jax.planning import synthetic
+from opensora_jax.planning import programs, synthetic
 from opensora_jax.train import state as state_lib
 from opensora_jax.train import step as step_lib
 
@@ -37,7 +38,7 @@ class Measurement:
     tokens: int  # video tokens of an example
     flops: float  # by formula, see `models.flops`
     seconds: float  # median
-    peak_bytes: int  # of one device
+    peak_bytes: int  # of one device, evaluation and sampling included
     compile_seconds: float
 
     @property
@@ -74,6 +75,13 @@ class Bench:
         with jax.set_mesh(mesh):
             self._step = step.lower(self._state, self._batch).compile()
         self.compile_seconds = time.perf_counter() - start
+        # What a training runs between steps may take more than a step does.
+        self._between = []
+        for make in (programs.evaluation, programs.sampling):
+            program = make(config, training, mesh)
+            with jax.set_mesh(mesh):
+                compiled = program.lower(self._state.ema).compile()
+            self._between.append((compiled, jax.tree.map(_ones, program.args)))
         self._facts = {
             "device_kind": jax.devices()[0].device_kind,
             "n_devices": mesh.size,
@@ -101,18 +109,27 @@ class Bench:
         counted = jax.local_devices()[0].memory_stats()
         if counted:
             return counted["peak_bytes_in_use"]
-        planned = self._step.memory_analysis()
-        arguments = planned.argument_size_in_bytes - planned.alias_size_in_bytes
-        return arguments + planned.output_size_in_bytes + planned.temp_size_in_bytes
+        step = self._step.memory_analysis()
+        others = [compiled.memory_analysis() for compiled, _ in self._between]
+        own = step.output_size_in_bytes + step.temp_size_in_bytes - step.alias_size_in_bytes
+        new = [x.output_size_in_bytes + x.temp_size_in_bytes for x in others]
+        return step.argument_size_in_bytes + max(own, *new)
 
     def measure(self, steps: int) -> Measurement:
         self.run(WARMUP_STEPS)
+        for compiled, args in self._between:
+            jax.block_until_ready(compiled(self._state.ema, *args))
         return Measurement(
             seconds=statistics.median(self.run(steps)),
             peak_bytes=self.peak_bytes(),
             compile_seconds=self.compile_seconds,
             **self._facts,
         )
+
+
+def _ones(x: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
+    """An array of this shape and sharding; a key as it is."""
+    return x if isinstance(x, jax.Array) else jnp.ones(x.shape, x.dtype, device=x.sharding)
 
 
 def table(m: Measurement) -> str:

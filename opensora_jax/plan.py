@@ -2,6 +2,7 @@
 
 python -m opensora_jax.plan --config=configs/dit_7b.py --topology=v5p:4x8x8
 python -m opensora_jax.plan --config=configs/dit_7b.py --topology=v5p:4x8x8 --sweep
+python -m opensora_jax.plan --config=configs/dit_7b.py --topology=v5e:2x2 --sample
 
 Compiles the real train step, sharded as configured, for the slice; no TPU is needed, only its
 compiler (pip install -e '.[tpu]').
@@ -44,7 +45,9 @@ def report(plan: aot.Plan) -> str:
     lines += [
         f"| batch, padding, program | {plan.other_bytes / gib:.2f} |",
         f"| activations, gradients, gathered weights | {plan.temporary_bytes / gib:.2f} |",
-        f"| total | {plan.total_bytes / gib:.2f} |",
+        f"| in their place, while losses are validated | {plan.evaluation_bytes / gib:.2f} |",
+        f"| in their place, while videos are drawn | {plan.sampling_bytes / gib:.2f} |",
+        f"| total, at most | {plan.total_bytes / gib:.2f} |",
         f"| available | {chip.hbm_bytes / gib:.2f} |",
         f"| headroom | {(chip.hbm_bytes - plan.total_bytes) / gib:.2f} |",
         "",
@@ -76,6 +79,25 @@ def report(plan: aot.Plan) -> str:
             f" {'Fits' if plan.fits else 'Does not fit'}.",
         ]
     )
+
+
+def sampling_report(plan: aot.SamplingPlan) -> str:
+    """A table in Markdown."""
+    gib, chip = 2**30, plan.slice.chip
+    rows = {"weights, in bfloat16": plan.weight_bytes, "activations": plan.temporary_bytes}
+    lines = [
+        f"{plan.slice.name}, {len(plan.slice.devices)} x {chip.device_kind}; "
+        f"{plan.n_samples} videos at once",
+        "",
+        "| memory of a chip | GiB |",
+        "| --- | ---: |",
+        *(f"| {name} | {n / gib:.2f} |" for name, n in rows.items()),
+        f"| total | {plan.total_bytes / gib:.2f} |",
+        f"| available | {chip.hbm_bytes / gib:.2f} |",
+        "",
+        "Fits." if plan.fits else f"Does not fit. {plan.refusal}".strip(),
+    ]
+    return "\n".join(lines)
 
 
 def _mesh_text(plan: aot.Plan) -> str:
@@ -139,10 +161,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--topology", required=True, help="the slice: v5e:4x4, v5p:4x4x8, v6e:16x16, ...")
     add("--sweep", action="store_true", help="try mesh shapes and remat policies; minutes each")
+    add("--sample", action="store_true", help="whether sampling fits, without a training")
     args, config = cli.parse_with_config(parser, argv)
     jax.config.update("jax_platforms", "cpu")  # to plan takes no accelerator, and leaves them alone
     where = chips.tpu_slice(args.topology)
-    print(sweep(config, where) if args.sweep else report(aot.make(config, where)))
+    if args.sample:
+        print(sampling_report(aot.make_sampling(config, where)))
+    else:
+        print(sweep(config, where) if args.sweep else report(aot.make(config, where)))
 
 
 if __name__ == "__main__":

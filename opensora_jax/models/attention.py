@@ -33,9 +33,9 @@ def cudnn_lacks(head_size: int, dtype: jnp.dtype, capability: str | None) -> str
         is_enough = float(capability) >= 8.0
     except ValueError:  # AMD's, gfx942 for instance
         is_enough = False
-    return (
-        None if is_enough else f"a GPU of compute capability 8.0 (Ampere) or more, not {capability}"
-    )
+    if is_enough:
+        return None
+    return f"a GPU of compute capability 8.0 (Ampere) or more, not {capability}"
 
 
 def attention(

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from opensora_jax import config as config_lib
 from opensora_jax import mesh as mesh_lib
-from opensora_jax.planning import synthetic
+from opensora_jax.planning import programs, synthetic
 from opensora_jax.planning.chips import Slice
 from opensora_jax.planning.hlo import Collective, Program
 from opensora_jax.train import state as state_lib
@@ -40,6 +40,8 @@ class Plan:
     refusal: str = ""
     other_bytes: int = 0  # batch, padding of arrays, program
     temporary_bytes: int = 0  # activations, gradients, gathered weights
+    evaluation_bytes: int = 0  # of the validation losses, in place of these
+    sampling_bytes: int = 0  # of the videos drawn while training, likewise
     flops: float = 0.0
     hbm_bytes: float = 0.0
     collectives: tuple[Collective, ...] = ()
@@ -47,7 +49,8 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.state_bytes.values()) + self.other_bytes + self.temporary_bytes
+        temporary = max(self.temporary_bytes, self.evaluation_bytes, self.sampling_bytes)
+        return sum(self.state_bytes.values()) + self.other_bytes + temporary
 
     @property
     def fits(self) -> bool:
@@ -164,13 +167,81 @@ def make(config: ConfigDict, where: Slice) -> Plan:
     try:
         with jax.set_mesh(mesh):
             compiled = step.lower(state, batch).compile()
+            between = {
+                f"{program.__name__}_bytes": _new_bytes(
+                    program(config, training, mesh).lower(state.ema).compile()
+                )
+                for program in (programs.evaluation, programs.sampling)
+            }
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        refusal = str(error).removeprefix("RESOURCE_EXHAUSTED: ").splitlines()[0]
+        refusal = _refusal(error)
         return Plan(refusal=refusal, compile_seconds=time.perf_counter() - start, **facts)
     seconds = time.perf_counter() - start
-    return Plan(compile_seconds=seconds, **facts, **_read(compiled, facts))
+    return Plan(compile_seconds=seconds, **facts, **between, **_read(compiled, facts))
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingPlan:
+    """What sampling takes on a slice, weights over fsdp; bytes of one device."""
+
+    slice: Slice
+    n_samples: int  # at once
+    weight_bytes: int
+    temporary_bytes: int
+    refusal: str = ""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.temporary_bytes
+
+    @property
+    def fits(self) -> bool:
+        return not self.refusal and self.total_bytes <= self.slice.chip.hbm_bytes
+
+
+def make_sampling(config: ConfigDict, where: Slice) -> SamplingPlan:
+    """Compiles sampling from a model of `config`, as `opensora_jax.sample` does it, for a slice.
+
+    Raises:
+      ValueError: for a configuration that does not fit the slice's number of devices.
+    """
+    mesh = mesh_lib.make_mesh({**dict.fromkeys(mesh_lib.AXES, 1), "fsdp": -1}, where.devices)
+    training = synthetic.training(config, platform="tpu")
+    shapes, _ = jax.eval_shape(training.task.init, jax.random.key(0))
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, np.dtype("bfloat16"), sharding=sharding),
+        shapes,
+        training.task.param_shardings(mesh),
+    )
+    program = programs.sampling(config, training, mesh)
+    facts = {
+        "slice": where,
+        "n_samples": len(program.args[0]),
+        "weight_bytes": device_bytes(params),
+    }
+    try:
+        with jax.set_mesh(mesh):
+            compiled = program.lower(params).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return SamplingPlan(temporary_bytes=0, refusal=_refusal(error), **facts)
+    return SamplingPlan(temporary_bytes=_new_bytes(compiled), **facts)
+
+
+def _refusal(error: jax.errors.JaxRuntimeError) -> str:
+    """What the compiler says of a program that does not fit; any other error is raised."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return str(error).removeprefix("RESOURCE_EXHAUSTED: ").splitlines()[0]
+
+
+def _new_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a program takes beside its arguments."""
+    memory = compiled.memory_analysis()
+    return (
+        memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
 
 
 def _read(compiled: jax.stages.Compiled, facts: dict) -> dict:

@@ -122,6 +122,18 @@ def test_bounds_and_report():
     assert "MFU at most 50.0%. Fits." in text
 
 
+def test_evaluation_and_sampling_count():
+    gib = 2**30
+    fields = {"temporary_bytes": 4 * gib, "evaluation_bytes": 6 * gib, "sampling_bytes": 5 * gib}
+    found = planned("v5e", (4, 4), ("fsdp", "tensor"), flops=1.0, **fields)
+    assert found.total_bytes == 7 * gib
+    text = plan.report(found)
+    assert "while losses are validated | 6.00 |" in text
+    assert "while videos are drawn | 5.00 |" in text
+    fields["sampling_bytes"] = 15 * gib
+    assert not planned("v5e", (4, 4), ("fsdp", "tensor"), **fields).fits
+
+
 def test_what_does_not_fit():
     assert not planned("v5e", (4, 4), ("fsdp", "tensor"), temporary_bytes=15 * 2**30).fits
     refused = planned("v5e", (4, 4), ("fsdp", "tensor"), refusal="20G of 15.75G")
@@ -251,6 +263,20 @@ def test_seven_billion_parameters_for_a_slice():
     assert found.n_parameters == flops.dit_parameters(synthetic.training(config).task.config)
     held = found.state_bytes["parameters"] * found.mesh.shape["fsdp"]
     assert held == pytest.approx(4 * found.n_parameters, rel=0.01)  # biases are whole everywhere
+
+
+@pytest.mark.slow
+def test_sampling_takes_a_share_of_the_weights_and_a_training_counts_it():
+    config = shipped("dit_xl2")
+    config.dit.update(size="", depth=2, width=1152, heads=16)
+    where = chips.tpu_slice("v5e:2x2")
+    found = aot.make_sampling(config, where)
+    assert found.fits
+    assert "Fits." in plan.sampling_report(found)
+    training = aot.make(config, where)
+    assert found.weight_bytes == pytest.approx(training.state_bytes["parameters"] / 2, rel=0.01)
+    assert 0 < training.evaluation_bytes < 2 * training.temporary_bytes
+    assert 0 < training.sampling_bytes
 
 
 @pytest.mark.slow
