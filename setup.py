@@ -23,6 +23,7 @@ setup(
         "numpy",
         "ml-dtypes",
         "datasets",
+        "filelock",
         "pyarrow",
         "transformers>=4.57",
         "tokenizers",

@@ -7,6 +7,11 @@ The captions file is a JSON list (or one object per line) of
 Each caption becomes a row. Run the same command again to go on after an interruption.
 """
 
+from opensora_jax import process
+
+if __name__ == "__main__":
+    process.listen()  # before the imports, which take seconds
+
 from opensora_jax import cli, runtime
 from opensora_jax.stages.preprocess import preprocess
 

@@ -5,6 +5,11 @@ python -m opensora_jax.bench --config=configs/msrvtt.py --steps=20
 Needs no data, and of the dependencies only jax, flax, optax and ml_collections.
 """
 
+from opensora_jax import process
+
+if __name__ == "__main__":
+    process.use_huge_pages()  # before the imports, which take seconds
+
 import dataclasses
 import itertools
 import statistics
@@ -163,5 +168,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    runtime.use_huge_pages()
     cli.run(main)

@@ -37,6 +37,8 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except USER_ERRORS as error:
         logger.debug("stopped", exc_info=True)
         sys.exit(f"error: {_one_line(error)}")

@@ -3,19 +3,21 @@
 python -m opensora_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
+from opensora_jax import process
+
+if __name__ == "__main__":
+    process.start()  # before the imports, which take seconds
+
 import logging
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from opensora_jax import cli, files, runtime
+from opensora_jax import cli, files, lock, runtime
 from opensora_jax import config as config_lib
 
 logger = logging.getLogger("opensora_jax.main")  # not __main__, which it runs as
@@ -37,20 +39,21 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Runs every stage of `config.stages` in order; what is done is skipped by the stage.
 
     Raises:
-      ValueError, OSError: what a stage will read is not there, told before the first one runs; and
-        what the stages raise.
+      ValueError, OSError: what a stage will read is not there, told before the first one runs;
+        another run is at work in the workdir; and what the stages raise.
     """
     config_lib.check_inputs(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     runtime.expect_shared(workdir)
-    for stage in config.stages:
-        logger.info("stage %s", stage)
-        start = time.perf_counter()
-        try:
-            config_lib.STAGES[stage].run(config, workdir)
-        finally:  # stopped or failed, it took its time all the same
-            if jax.process_index() == 0:
-                _add_seconds(workdir, stage, time.perf_counter() - start)
+    with lock.exclusive(workdir):
+        for stage in config.stages:
+            logger.info("stage %s", stage)
+            start = time.perf_counter()
+            try:
+                config_lib.STAGES[stage].run(config, workdir)
+            finally:  # stopped or failed, it took its time all the same
+                if jax.process_index() == 0:
+                    _add_seconds(workdir, stage, time.perf_counter() - start)
     logger.info("all stages done: %s", workdir)
 
 
@@ -64,12 +67,5 @@ def _add_seconds(workdir: epath.Path, stage: str, seconds: float) -> None:
         files.write_json(fidelity, files.read_json(fidelity) | {"seconds": total})
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    """Ends the program, as an error does, where no training listens for the signal."""
-    sys.exit(128 + signum)
-
-
 if __name__ == "__main__":
-    runtime.use_huge_pages()
-    signal.signal(signal.SIGTERM, _stop)
     cli.run(main)

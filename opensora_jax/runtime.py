@@ -1,14 +1,11 @@
-"""What a command sets up before it touches devices: memory, processes, logs, compiled programs."""
+"""What a command sets up before it touches devices: processes, logs, compiled programs."""
 
 import glob
 import logging
 import os
-import platform
 import secrets
-import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,24 +18,6 @@ from opensora_jax import files
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
 _LONGEST_TEXT = 400  # bytes
-
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_HUGE_PAGES_SETTING = "glibc.malloc.hugetlb"
-
-
-def use_huge_pages() -> None:
-    """Starts the command over with huge pages behind what it allocates, where it has to ask.
-
-    A train step on a CPU allocates its gigabytes anew each time, and to enter them page by page
-    takes a quarter of it (docs/performance.md). The C library reads the setting when a process
-    starts, so this comes before anything else.
-    """
-    given = os.environ.get("GLIBC_TUNABLES", "")
-    asks = _HUGE_PAGES.exists() and "[madvise]" in _HUGE_PAGES.read_text()
-    if not asks or platform.libc_ver()[0] != "glibc" or _HUGE_PAGES_SETTING in given:
-        return
-    os.environ["GLIBC_TUNABLES"] = f"{given}:{_HUGE_PAGES_SETTING}=1".removeprefix(":")
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def start() -> None:

@@ -9,16 +9,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opensora_jax"
 
-BASE = {"mesh", "rngs", "files", "hardware", "runtime"}
+BASE = {"process", "mesh", "rngs", "files", "hardware", "runtime", "lock"}
 LIBRARY = {"models", "diffusion", "data", "convert", "metrics"}
 COMMANDS = {"main", "sample", "bench", "plan"}
 # Every module and folder of the package, and the others that it may import.
 ROOMS: dict[str, set[str]] = {
+    "process": set(),
     "rngs": set(),
     "files": set(),
     "hardware": set(),
     "mesh": set(),
     "runtime": {"files"},
+    "lock": {"files", "runtime"},
     "models": BASE,
     "diffusion": BASE,
     "data": BASE,

@@ -149,7 +149,7 @@ def test_all_stages_of_quickstart_and_once_more(tmp_path):
 def test_time_until_sigterm_counts(tmp_path):
     overrides = "stages=shapes shapes.n_videos=100000"
     status = run_and_stop(tmp_path, "shapes/train/videos/video9.mp4", signal.SIGTERM, overrides)
-    assert status == 128 + signal.SIGTERM
+    assert status == 0
     first = seconds(tmp_path)["shapes"]
     assert first > 0
     run_and_stop(tmp_path, "shapes/train/videos/video99.mp4", signal.SIGTERM, overrides)

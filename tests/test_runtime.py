@@ -64,8 +64,8 @@ def test_huge_pages_are_asked_for_where_linux_leaves_it_to_programs(
     if mode is not None:
         (tmp_path / "enabled").write_text(f"{mode}\n")
     program = (
-        "import os, sys; from pathlib import Path; from opensora_jax import runtime; "
-        "runtime._HUGE_PAGES = Path(sys.argv[1]); runtime.use_huge_pages(); "
+        "import os, sys; from pathlib import Path; from opensora_jax import process; "
+        "process._HUGE_PAGES = Path(sys.argv[1]); process.use_huge_pages(); "
         "print(os.environ.get('GLIBC_TUNABLES'), sys.argv[2])"
     )
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from opensora_jax import files
+from opensora_jax import files, lock
 from opensora_jax.data import dataset, dataset_writer, video_io
 from opensora_jax.data.captions import expect_a_video, read_captions
 from opensora_jax.data.clips import Clip, Failed, Filtered, decode_clips
@@ -156,11 +156,16 @@ def preprocess(
     }
     try:
         output.mkdir(parents=True, exist_ok=True)
-        dataset_writer.write_metadata(output, metadata)
     except OSError as error:
         raise PreprocessError(f"output={output}: cannot be written: {error.strerror}") from error
-    records = _write_parts(entries, videos, output, model, text_encoder, settings, batch_size)
-    _finish(output, metadata, records, np.asarray(model.codebook))
+    with lock.exclusive(output):
+        try:
+            dataset_writer.write_metadata(output, metadata)
+        except OSError as error:
+            message = f"output={output}: cannot be written: {error.strerror}"
+            raise PreprocessError(message) from error
+        records = _write_parts(entries, videos, output, model, text_encoder, settings, batch_size)
+        _finish(output, metadata, records, np.asarray(model.codebook))
 
 
 def _write_parts(entries, videos, output, model, text_encoder, settings, batch_size):

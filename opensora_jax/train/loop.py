@@ -20,13 +20,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from opensora_jax import mesh as mesh_lib
-from opensora_jax import rngs
+from opensora_jax import process, rngs
 from opensora_jax.checkpoint.best import Best
 from opensora_jax.checkpoint.manager import Checkpoints, broadcast_from_first
-from opensora_jax.train import monitor, summary
+from opensora_jax.train import monitor, preemption, summary
 from opensora_jax.train import state as state_lib
 from opensora_jax.train.metrics_log import MetricsWriter
-from opensora_jax.train.preemption import Preempted, Preemption
+from opensora_jax.train.preemption import Stopped
 from opensora_jax.train.profiler import Profiler
 from opensora_jax.train.settings import LoopSettings, StepSettings, Throughput
 from opensora_jax.train.state import Task, TrainState
@@ -77,12 +77,12 @@ def fit(
     Raises:
       FloatingPointError: too many steps in a row were not finite.
       OSError: a checkpoint could not be written, or all there are are damaged.
-      Preempted: SIGTERM came; the state is saved.
+      Stopped: SIGTERM or SIGINT came; the state is saved.
     """
     folder = epath.Path(folder)
     kept = {"keep": settings.keep_checkpoints, "keep_every": settings.keep_every}
     with (
-        Preemption(folder.name) as preemption,
+        preemption.deferred(folder.name),
         contextlib.closing(Checkpoints(folder, config=config, **kept)) as checkpoints,
         contextlib.closing(Best(folder)) as best,
     ):
@@ -117,12 +117,14 @@ def fit(
                 disable=jax.process_index() > 0,
             ) as progress,
         ):
+            evaluated: list[tuple[int, dict[str, float]]] = []
 
             def draw() -> dict[str, jax.Array]:
                 with jax.transfer_guard_host_to_device("allow"):  # the one transfer there is to be
                     return mesh_lib.shard_batch(next(batches), mesh)
 
             def save(step: int) -> None:
+                settle()
                 log.flush()  # a run that goes on from here does not log these steps again
                 notes = {"data": data_state, "window": window.pending()}
                 checkpoints.save(step, state_lib.to_items(state), notes)
@@ -139,12 +141,23 @@ def fit(
                 window.pause(seconds)
                 if VALIDATION_LOSS in values:
                     best.save_if_better(step, values[VALIDATION_LOSS], {"ema": state.ema})
-                log.write(step, {**values, EVALUATED: seconds})
+                evaluated.append((step, {**values, EVALUATED: seconds}))
+
+            def settle() -> None:
+                """Logs evaluations once their best weights are whole, or a kill would lose them."""
+                if evaluated:
+                    best.wait()
+                while evaluated:
+                    log.write(*evaluated.pop(0))
 
             if done and not broadcast_from_first(log.has(done, EVALUATED)):
                 evaluate(done)  # the run before stopped between checkpoint and evaluations
             if done < settings.steps:
                 batch = window.timed(draw)
+                start = time.perf_counter()
+                with preemption.interruptible(), jax.set_mesh(mesh):
+                    update = update.lower(state, batch).compile()
+                window.pause(time.perf_counter() - start)
 
             for step in range(done + 1, settings.steps + 1):
                 is_last = step == settings.steps
@@ -163,6 +176,7 @@ def fit(
 
                 if step % settings.log_every == 0 or is_last:
                     values, steps = window.close()
+                    settle()
                     log.write(step, values)
                     progress.set_postfix(loss=f"{values['loss']:.4f}")
                     progress.update(step - progress.n)
@@ -175,8 +189,13 @@ def fit(
                     if step % settings.checkpoint_every == 0 or is_last:
                         save(step)
                     evaluate(step)
-                except Preempted:
+                except Stopped:
                     if checkpoints.latest_step != step:
                         save(step)
+                    checkpoints.wait()
+                    seconds = process.seconds_since_signal()
+                    after = f", {seconds:.1f} s after the signal" if seconds else ""
+                    logger.warning("%s: saved at step %d%s", folder.name, step, after)
                     raise
+            settle()
         return state

@@ -276,7 +276,7 @@ def test_sampling_takes_a_share_of_the_weights_and_a_training_counts_it():
     training = aot.make(config, where)
     assert found.weight_bytes == pytest.approx(training.state_bytes["parameters"] / 2, rel=0.01)
     assert 0 < training.evaluation_bytes < 2 * training.temporary_bytes
-    assert 0 < training.sampling_bytes
+    assert training.sampling_bytes > 0
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from opensora_jax import lock
 from opensora_jax.data import dataset, dataset_writer, moving_shapes, video_io
 from opensora_jax.data.captions import CaptionsError
 from opensora_jax.inference.small_text_model import make_small_text_model
@@ -180,6 +181,12 @@ def test_a_folder_made_with_other_settings_is_refused(world, finished, tmp_path)
         run_on(world, tmp_path)
     for key in keys:
         assert f"{key}={metadata['settings'][key]!r}, there 'another'" in str(caught.value)
+
+
+def test_a_folder_that_another_run_is_writing_is_refused(world, tmp_path):
+    with lock.exclusive(tmp_path), pytest.raises(lock.FolderInUse, match="in use by process"):
+        run_on(world, tmp_path)
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_fixed_length_and_frame_rate(world, tmp_path, capsys):

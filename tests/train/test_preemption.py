@@ -9,7 +9,7 @@ from linear import assert_identical, batches, fit, numbers
 
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.train import loop
-from opensora_jax.train.preemption import Preempted
+from opensora_jax.train.preemption import Stopped
 
 
 class Terminating:
@@ -39,7 +39,7 @@ def test_between_steps_the_state_is_saved_and_the_next_run_is_the_uninterrupted_
     given = {"log_every": 5, "checkpoint_every": 100}
     expected = fit(whole, **given)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted) as caught:
+    with pytest.raises(Stopped) as caught:
         fit(cut, data=Terminating(at=4), **given)  # drawn while step 3 runs
     assert caught.value.code == 0
     assert signal.getsignal(signal.SIGTERM) == before
@@ -57,7 +57,7 @@ def test_between_steps_the_state_is_saved_and_the_next_run_is_the_uninterrupted_
 
     evaluations = [loop.Evaluation(7, evaluate)]
     start = time.monotonic()
-    with pytest.raises(Preempted):
+    with pytest.raises(Stopped):
         fit(cut, evaluations=evaluations, **given)
     assert time.monotonic() - start < 50
     assert checkpoints(cut) == {"3", "7"}
@@ -73,6 +73,6 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    with pytest.raises(Preempted):
+    with pytest.raises(Stopped):
         fit(tmp_path, start_from=start_from)
     assert checkpoints(tmp_path) == set()
