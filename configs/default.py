@@ -70,8 +70,8 @@ def get_config() -> ConfigDict:
     c.vqvae.quantize_from = 0.1
     c.vqvae.quantize_to = 0.2
     # Of a clip's first and last frame in the loss: they see frames on one side only, and where
-    # windows of long videos meet, less sharp ones would show.
-    c.vqvae.end_weight = 2.0
+    # windows of long videos meet, less sharp ones would show (docs/performance.md).
+    c.vqvae.end_weight = 4.0
     c.vqvae.dtype = "auto"  # compute: float32, bfloat16, or auto (bfloat16 where the device has it)
     c.vqvae.log_every = 50  # steps
     c.vqvae.eval_every = 2000  # steps

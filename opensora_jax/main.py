@@ -8,6 +8,7 @@ from opensora_jax import process
 if __name__ == "__main__":
     process.start()  # before the imports, which take seconds
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -46,19 +47,27 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     runtime.expect_shared(workdir)
     with lock.exclusive(workdir):
+        if jax.process_index() == 0:
+            for part in workdir.iterdir():  # samples may be on their way to the workdir itself
+                if part.is_dir():
+                    files.remove_leftovers(part)
         for stage in config.stages:
             logger.info("stage %s", stage)
             start = time.perf_counter()
             try:
                 config_lib.STAGES[stage].run(config, workdir)
-            finally:  # stopped or failed, it took its time all the same
-                if jax.process_index() == 0:
+            except BaseException:  # stopped or failed, it took its time all the same
+                with contextlib.suppress(OSError):  # the disk may be full
                     _add_seconds(workdir, stage, time.perf_counter() - start)
+                raise
+            _add_seconds(workdir, stage, time.perf_counter() - start)
     logger.info("all stages done: %s", workdir)
 
 
 def _add_seconds(workdir: epath.Path, stage: str, seconds: float) -> None:
     """Adds to what the stage took so far, in seconds.json and, when there is one, fidelity.json."""
+    if jax.process_index():
+        return
     path, fidelity = workdir / "seconds.json", workdir / "fidelity.json"
     total = files.read_json(path) if path.exists() else {}
     total[stage] = round(total.get(stage, 0.0) + seconds, 1)

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -79,7 +79,7 @@ def listen() -> None:
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     for number in _SIGNALS:
         signal.signal(number, _handle)
-    sys.unraisablehook = _note_lost
+    sys.unraisablehook = _noting_lost(sys.unraisablehook)
     threading.Thread(target=_watch, args=(read,), daemon=True).start()
 
 
@@ -148,12 +148,16 @@ def _handle(signum: int, frame: FrameType | None) -> None:
         stop(signum)
 
 
-def _note_lost(unraisable: Any) -> None:
-    """Of exceptions that nobody can catch, those of garbage collection for instance."""
-    if isinstance(unraisable.exc_value, Stopped):
-        _State.is_lost = True
-    else:
-        sys.__unraisablehook__(unraisable)
+def _noting_lost(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """An unraisablehook: of exceptions that nobody can catch, as in garbage collection."""
+
+    def note(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, Stopped):
+            _State.is_lost = True
+        else:
+            hook(unraisable)
+
+    return note
 
 
 def _watch(pipe: int) -> None:

@@ -158,7 +158,14 @@ def local_share(mesh: Mesh, batch_size: int) -> dict[str, Any]:
 def is_trained(folder: Path, steps: int) -> bool:
     """Whether a training in `folder` was marked as ended at step `steps` or later."""
     marker = folder / "done.json"
-    return marker.exists() and json.loads(marker.read_text())["steps"] >= steps
+    if not marker.exists():
+        return False
+    found = files.read_json(marker).get("steps")
+    if not isinstance(found, int):
+        raise ValueError(
+            f"{marker}: steps={files.short(found)}: expected a number; remove the file"
+        )
+    return found >= steps
 
 
 def mark_trained(folder: Path, steps: int) -> None:

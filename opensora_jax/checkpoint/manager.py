@@ -9,7 +9,8 @@ import contextlib
 import functools
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,12 +34,30 @@ BEST = "best"
 _ORDER = ("seed", "batch_size")
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
+# Bytes that are on their way to the disk, by whose they are.
+_being_written: dict[int, int] = {}
 _ABOUT = "about"
 
 # Orbax also logs the traceback of what it raises, which ends here in one clear error.
 logging.getLogger("absl").addFilter(
     lambda record: not (record.exc_info and "orbax" in record.pathname)
 )
+# And what became of each of its tasks.
+logging.getLogger("asyncio").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.getMessage())
+)
+
+
+def _without_closed_loops(hook: Callable[..., None]) -> Callable[..., None]:
+    def filtered(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return filtered
+
+
+# What TensorStore's threads have to say, a hundred times, once Orbax gave a write up.
+sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
 
 
 class _SummingHandler(ocp.CompositeCheckpointHandler):
@@ -191,6 +210,7 @@ class Checkpoints:
             self._checkpointer.close()
 
     def _written(self) -> None:
+        _being_written.pop(id(self), None)
         self._kept.append(self._writing)
         self._writing = None
         if jax.process_index() == 0:
@@ -207,7 +227,7 @@ class Checkpoints:
         for step in removed:
             self._kept.remove(step)
             if jax.process_index() == 0:
-                (self._folder / str(step)).rmtree(missing_ok=True)
+                _remove(self._folder / str(step))
 
     def _add_checksums(self) -> None:
         """Called by process 0 when all is written and, but on object stores, not yet renamed."""
@@ -219,9 +239,15 @@ class Checkpoints:
         if files.is_remote(self._folder):
             return
         needed = sum(x.nbytes for x in jax.tree.leaves(items))
+        # Others, the best say, may be at their files just now.
+        others = sum(size for owner, size in _being_written.items() if owner != id(self))
+        _being_written[id(self)] = needed
         free = shutil.disk_usage(self._folder).free
-        if needed > free:
-            raise OSError(f"it needs up to {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB")
+        if needed + others > free:
+            also = f" beside {others / 1e6:.1f} MB that are being written" if others else ""
+            raise OSError(
+                f"it needs up to {needed / 1e6:.1f} MB{also}, the disk has {free / 1e6:.1f} MB"
+            )
 
     @contextlib.contextmanager
     def _explaining(self) -> Iterator[None]:
@@ -230,6 +256,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:
             self._writing = None
+            _being_written.pop(id(self), None)
             last = f"{self._folder.name}/{self._kept[-1]}" if self._kept else ""
             kept = f"The last whole one is {last}. " if last else ""
             # TensorStore names every file on the way; the cause comes last.
@@ -319,6 +346,13 @@ def _last_whole(
         (folder / str(step)).rename(aside)
         logger.warning("%s: renamed to %s; going on without it", step, aside)
     return None if whole < 0 else whole
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a whole checkpoint; interrupted, it leaves none that looks like one."""
+    if not files.is_remote(path):
+        path = path.rename(path.with_name(f"{path.name}{_TEMPORARY}-removed"))
+    path.rmtree(missing_ok=True)
 
 
 def _remove_half_written(folder: epath.Path) -> None:

@@ -18,6 +18,7 @@ from opensora_jax.data.dataset import (
     read_batches,
     read_json,
 )
+from opensora_jax.files import short
 
 
 def write_part(
@@ -66,7 +67,13 @@ def read_records(folder: str | os.PathLike) -> list[dict]:
     """The records of the whole parts from part 0 on, up to the first that is missing."""
     records = []
     while (path := _record(Path(folder), len(records))).exists():
-        records.append(read_json(path))
+        record = read_json(path)
+        if not isinstance(record.get("kept"), int):
+            raise DatasetError(
+                f"{path}: kept={short(record.get('kept'))}: expected how many videos the part "
+                "holds; remove the file, and it is made again"
+            )
+        records.append(record)
     return records
 
 

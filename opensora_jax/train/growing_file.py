@@ -50,6 +50,8 @@ class GrowingFile:
         if self._gathered:
             self._start_piece()
         self._wait()
+        if self._path.exists():
+            files.sync(self._path)
 
     def _start_piece(self) -> None:
         self._wait()

@@ -102,7 +102,12 @@ def fit(
                 window.resume(notes["window"])
                 logger.info("%s: going on from step %d", folder.name, checkpoints.latest_step)
         logger.info("%s: %s", folder.name, summary.table(state))
-        done = int(state.step)
+        done = saved = int(state.step)
+        if done > settings.steps:
+            logger.warning(
+                "%s: the checkpoint is of step %d, beyond steps=%d: nothing is left to train",
+                *(folder.name, done, settings.steps),
+            )
         shardings = jax.tree.map(lambda x: x.sharding, state)
         update = jit_train_step(task, tx, schedule, step_settings, shardings)
 
@@ -124,6 +129,10 @@ def fit(
                     return mesh_lib.shard_batch(next(batches), mesh)
 
             def save(step: int) -> None:
+                nonlocal saved
+                if step < settings.steps and int(state.skipped["in_a_row"]) >= step - saved:
+                    return  # nothing came of the steps since: it would push a good one out
+                saved = step
                 settle()
                 log.flush()  # a run that goes on from here does not log these steps again
                 notes = {"data": data_state, "window": window.pending()}
@@ -190,12 +199,12 @@ def fit(
                         save(step)
                     evaluate(step)
                 except Stopped:
-                    if checkpoints.latest_step != step:
+                    if saved != step:
                         save(step)
                     checkpoints.wait()
                     seconds = process.seconds_since_signal()
                     after = f", {seconds:.1f} s after the signal" if seconds else ""
-                    logger.warning("%s: saved at step %d%s", folder.name, step, after)
+                    logger.warning("%s: saved at step %d%s", folder.name, saved, after)
                     raise
             settle()
         return state

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -54,7 +55,9 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._is_writer:
             return
-        self._file.append((json.dumps({"step": step, **metrics}) + "\n").encode())
+        # JSON has no number that is not finite.
+        values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._file.append((json.dumps({"step": step, **values}) + "\n").encode())
         self._tensorboard.write(step, metrics)
 
     def flush(self) -> None:
@@ -114,9 +117,10 @@ class _TensorBoard:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:
-    """The objects of a metrics.jsonl, its pieces included, in order.
+    """The objects of a metrics.jsonl, its pieces included, in order; None stands for what was no
+    finite number.
 
-    A last line that was cut off by a kill is left out.
+    A last line that was cut off by a kill, or that a power cut left as NULs, is left out.
 
     Raises:
       ValueError: it holds something else.
@@ -124,10 +128,11 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, float]]:
     path = epath.Path(path)
     paths = [path, *pieces(path)] if path.exists() else []
     with ThreadPoolExecutor(_THREADS) as pool:
-        texts = pool.map(lambda path: path.read_text(), paths)
+        texts = pool.map(lambda path: path.read_bytes().decode(errors="replace"), paths)
         lines = [line for text in texts for line in text.split("\n")[:-1]]
     # A kill between joining the pieces and removing them leaves lines twice.
-    return [_parse(line, path) for line in dict.fromkeys(lines) if line.endswith("}")]
+    lines = [line for line in dict.fromkeys(lines) if line.endswith("}")]
+    return [_parse(line.lstrip("\0"), path) for line in lines]
 
 
 def _parse(line: str, path: epath.Path) -> dict[str, float]:

@@ -2,12 +2,15 @@
 
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from items import assert_equal, ema, files_of_at_most, folders, make_items, opened, save
+from etils import epath
+from items import assert_equal, ema, files_of_at_most, folders, largest, make_items, opened, save
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.checkpoint import manager as checkpoint
@@ -79,6 +82,36 @@ def test_a_half_written_checkpoint_is_told_and_not_one(folder, caplog):
         checkpoints.save(3, make_items(3))
     with opened(folder) as checkpoints:
         assert_equal(checkpoints.restore(make_items(0))[0], make_items(3))
+
+
+def test_a_removal_that_was_cut_off_leaves_none_that_looks_whole(folder):
+    class Killed(BaseException):
+        pass
+
+    def rmtree(path, missing_ok=False):
+        largest(Path(path)).unlink()  # it got so far
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, opened(folder) as checkpoints:
+        checkpoints.save(3, make_items(3))
+        patch.setattr(type(epath.Path("/")), "rmtree", rmtree)
+        with pytest.raises(Killed):
+            checkpoints.wait()
+    assert "1" not in folders(folder)
+    with opened(folder):
+        assert folders(folder) == {"2", "3"}
+
+
+def test_room_is_asked_for_what_is_being_written_too(folder):
+    first, best = checkpoint.Checkpoints(folder), checkpoint.Checkpoints(folder, name="best")
+    free = shutil.disk_usage(folder).free
+    half = np.broadcast_to(np.float32(0), (int(0.6 * free / 4),))
+    first._expect_room({"ema": {"kernel": half}})
+    with pytest.raises(OSError, match=r"MB beside .* MB that are being written"):
+        best._expect_room({"ema": {"kernel": half}})
+    first.close()
+    best.close()
+    checkpoint._being_written.clear()
 
 
 def test_another_state_is_no_damage(folder):

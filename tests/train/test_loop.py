@@ -2,6 +2,9 @@
 
 import functools
 import json
+import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from opensora_jax import rngs
 from opensora_jax.checkpoint import manager as checkpoint
+from opensora_jax.checkpoint.best import Best
 from opensora_jax.train import loop, monitor, optim, step
 from opensora_jax.train import state as state_lib
 from opensora_jax.train.settings import Throughput
@@ -236,6 +240,78 @@ def test_without_a_checkpoint_none_is_named():
     bad = {"loss": np.nan, "grad_norm": np.nan, "skipped_in_a_row": 1.0, "skipped_steps": 1.0}
     with pytest.raises(FloatingPointError, match="There is no checkpoint yet"):
         monitor.Health(max_skipped_steps=1).check(1, [bad], None)
+
+
+def test_checkpoints_of_steps_that_came_to_nothing_push_out_no_good_ones(tmp_path):
+    bad = [*range(16, 64)]  # steps 2, 3 and 4, then 6, 7 and 8
+    data = batches(bad=bad, shuffled=False)
+    fit(tmp_path, data=data, steps=9, log_every=3, checkpoint_every=1, keep_checkpoints=3)
+    there = sorted(int(path.name) for path in (tmp_path / checkpoint.FOLDER).iterdir())
+    assert there == [1, 5, 9]
+
+
+def test_a_checkpoint_beyond_the_steps_that_are_asked_for_is_told(tmp_path, caplog):
+    fit(tmp_path, steps=4)
+    state = fit(tmp_path, steps=2)
+    assert int(state.step) == 4
+    assert "the checkpoint is of step 4, beyond steps=2: nothing is left to train" in caplog.text
+
+
+def test_the_lowest_loss_outlives_a_kill_before_it_is_written(tmp_path):
+    """The evaluation of step 2 is made again: it is logged only once its weights are whole."""
+    program = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from linear import fit
+from opensora_jax.checkpoint.best import Best
+from opensora_jax.train import loop
+
+save = Best.save_if_better
+
+def save_and_die(self, step, loss, items):
+    if step == 2:  # what is written in the background has not begun
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, step, loss, items)
+
+if len(sys.argv) > 3:
+    Best.save_if_better = save_and_die
+losses = {2: 0.25, 4: 0.5, 6: 0.75}
+run = lambda state: {"validation_loss": losses[int(state.step)]}
+fit(Path(sys.argv[1]), evaluations=[loop.Evaluation(2, run)], steps=6, checkpoint_every=2)
+"""
+    command = [sys.executable, "-c", program, tmp_path, Path(__file__).parent]
+    killed = subprocess.run([*command, "die"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert all("validation_loss" not in line for line in metrics(tmp_path))
+    subprocess.run(command, check=True)
+    lines = [line for line in metrics(tmp_path) if "validation_loss" in line]
+    logged = {line["step"]: line["validation_loss"] for line in lines}
+    assert logged == {2: 0.25, 4: 0.5, 6: 0.75}
+    assert Best(tmp_path)._loss == 0.25
+
+
+def test_a_disk_that_fills_up_in_the_middle_is_one_line(tmp_path):
+    program = """
+import resource, sys
+import numpy as np
+from opensora_jax import cli
+from opensora_jax.checkpoint.manager import Checkpoints
+
+def main():  # 400 arrays, all of which are being written when the first fails
+    checkpoints = Checkpoints(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    checkpoints.save(1, {"params": {str(i): np.ones((100, 100)) for i in range(400)}})
+    checkpoints.close()
+
+cli.run(main)
+"""
+    command = [sys.executable, "-c", program, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "the checkpoint of step 1 could not be written" in line
 
 
 def test_a_spike_of_the_gradient_is_told_once(caplog):

@@ -1,5 +1,6 @@
 """What a training measures: metrics.jsonl and TensorBoard, on disks and on object stores."""
 
+import contextlib
 import json
 import resource
 import time
@@ -45,6 +46,25 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_any_other_told_in_short(tmp_
         ) as caught:
             read_metrics(path)
         assert len(str(caught.value)) < 400
+
+
+def test_what_is_no_finite_number_is_null_and_what_a_power_cut_left_is_cut(tmp_path):
+    with contextlib.closing(MetricsWriter(tmp_path, 0)) as log:
+        log.write(1, {"loss": float("nan"), "norm": float("inf")})
+        log.write(2, {"loss": 0.5})
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": None, "norm": None}, {"step": 2, "loss": 0.5}]
+    assert read_metrics(path) == lines
+    with path.open("ab") as file:
+        file.write(bytes(100))
+    assert read_metrics(path) == lines
+    with contextlib.closing(MetricsWriter(tmp_path, 2)) as log:
+        log.write(3, {"loss": 0.25})
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    path.write_bytes(b'{"step": 1}\n\xff\xfe}\n')
+    with pytest.raises(ValueError, match=f"{path}: expected lines with a step"):
+        read_metrics(path)
 
 
 def test_a_training_outlives_what_tensorboard_cannot_write(tmp_path, caplog):
