@@ -91,6 +91,9 @@ def get_config() -> ConfigDict:
     c.preprocess.window = 0  # frames encoded at once; 0: the length the VQ-VAE was trained on
     c.preprocess.batch_size = 8  # windows encoded at once
     c.preprocess.videos_per_part = 500  # a kill loses at most one part's work
+    # Each row with all its columns, for others to read part by part: codes and features are stored
+    # as often as there are captions.
+    c.preprocess.flat = False
 
     # The DiT and its training.
     c.dit = ConfigDict()
@@ -105,7 +108,8 @@ def get_config() -> ConfigDict:
     c.dit.patch = 2  # a token is 1 x patch x patch latents
     c.dit.text_mode = "cross_attention"  # or in_context: text tokens join the sequence
     c.dit.text_length = 0  # tokens a caption is padded or cut to; 0: the longest in the data
-    c.dit.n_latent_frames = 0  # latent frames an example; 0: the fewest in the data
+    # Latent frames an example; 0: as many as 90% of the data have, in whole windows.
+    c.dit.n_latent_frames = 0
     c.dit.caption_dropout = 0.1  # share of examples without text, for guidance
     # What is trained on: flow, rectified flow, or ddpm, DiT's (the noise, its variance learned).
     c.dit.objective = "flow"

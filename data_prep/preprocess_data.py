@@ -66,6 +66,12 @@ def main() -> None:
         default=64,
         help="videos between points to go on from after an interruption",
     )
+    add(
+        "--flat",
+        action="store_true",
+        help="each row with all its columns, as datasets.load_from_disk reads a part: codes and "
+        "features are stored as often as there are captions",
+    )
     arguments = vars(parser.parse_args())
     resolution = arguments["resolution"] or [128]
     if len(resolution) > 2:

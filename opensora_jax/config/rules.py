@@ -148,6 +148,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "window": at_least(0),
         "batch_size": at_least(1),
         "videos_per_part": at_least(1),
+        "flat": true_or_false,
     },
     "dit": _TRAINING
     | {

@@ -1,7 +1,8 @@
 """Arrays <-> Arrow's nested lists, without going through Python lists.
 
 Arrow stores a column of nested lists as one flat array of values and, per level, the offsets where
-lists begin. Rows that are boxes (no ragged lists inside) are therefore plain slices of the values.
+lists begin; lists of one fixed size need none. Rows that are boxes (no ragged lists inside) are
+therefore plain slices of the values.
 """
 
 from dataclasses import dataclass
@@ -39,15 +40,22 @@ class Column:
         return self.values[self.starts[0] : self.starts[-1] + self.shapes[-1].prod()]
 
 
-def to_nested_list(arrays: list[np.ndarray], dtype: np.dtype) -> pa.ListArray:
-    """Arrays of one rank, of any shapes (at least one array) -> a column of nested lists."""
-    flat = np.concatenate([np.ravel(a) for a in arrays], dtype=dtype, casting="unsafe")
-    values = pa.array(flat)
-    for axis in reversed(range(arrays[0].ndim)):
-        lengths = [np.full(np.prod(a.shape[:axis], dtype=int), a.shape[axis]) for a in arrays]
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-        values = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
-    return values
+def to_nested_list(arrays: list[np.ndarray], dtype: np.dtype) -> pa.LargeListArray:
+    """Arrays (at least one) that differ in their first dimension only -> a column of nested lists.
+
+    64-bit offsets where rows begin; what is in them are lists of fixed sizes.
+
+    Raises:
+      ValueError: the other dimensions differ.
+    """
+    inner = {a.shape[1:] for a in arrays}
+    if len(inner) > 1:
+        raise ValueError(f"arrays of sides {sorted(inner)}: expected the same but for the first")
+    values = pa.array(np.concatenate([np.ravel(a) for a in arrays], dtype=dtype, casting="unsafe"))
+    for size in reversed(inner.pop()):
+        values = pa.FixedSizeListArray.from_arrays(values, size)
+    offsets = np.concatenate([[0], np.cumsum([len(a) for a in arrays])])
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
 
 
 def from_nested_list(array: pa.Array, rank: int, kind: str) -> Column:
@@ -59,12 +67,17 @@ def from_nested_list(array: pa.Array, rank: int, kind: str) -> Column:
       kind: "integer" or "floating".
 
     Raises:
-      ColumnError: another type or rank, a null, or a row that is ragged or empty.
+      ColumnError: another type or rank, a null, a row that is ragged or empty, or offsets that
+        lead out of the file.
     """
     expected = f"expected {rank} nested lists of {kind} numbers"
     found = f"type {short(str(array.type))}"
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise ColumnError(f"damaged: {short(str(error))}") from None
     offsets = []
     for _ in range(rank):
         if array.null_count:

@@ -1,38 +1,55 @@
 """The Arrow dataset of VQ codes and text features that a DiT is trained on, and reading it.
 
 A folder with
-  part-00000, part-00001, ...  each a Hugging Face dataset (`datasets.load_from_disk` reads it) of
-      video_latent_states  (T, H, W) integers: VQ codes
-      text_latent_states   (S, D) float32: text features, valid tokens only; S differs between rows
-      video_file, caption  strings
-      fps                  frames per second
-  part-00000.json, ...  marks a part as whole, and says which of its videos were left out, and why
+  part-00000, part-00001, ...  what `data.parts` reads:
+      videos  a Hugging Face dataset, a row a video: video_file, fps and
+          video_latent_states  (T, H, W) integers: VQ codes
+      texts   a Hugging Face dataset, a row a distinct caption: caption and
+          text_latent_states   (S, D) float16: text features, valid tokens only; S differs
+      rows    a Hugging Face dataset, a row an example: the numbers of its video, in the part, and
+          of its text, in all parts
+  part-00000.json, ...  marks a part as whole: its files' checksums, and which of its videos were
+      left out, and why
+  index/     where every row lies: see `data.index`
   metadata.json         what a trainer needs to know: see REQUIRED_KEYS
   codebook.npy          (n_codes, dim) float32
 
-A plain `save_to_disk` folder made by others, with at least the two `*_latent_states` columns and
-`metadata.json` and `codebook.npy` in it, is read as well.
+So nothing is stored twice; `data.joined.load_joined` gives the rows as one Hugging Face dataset. A
+dataset that is flat, with a row a caption and both `*_latent_states` in each part, is read as well,
+as is a plain `save_to_disk` folder made by others with metadata.json and codebook.npy in it.
 
 Rows are read straight from the memory-mapped Arrow buffers: Hugging Face's own access by row builds
 nested Python lists, dozens of times slower.
 """
 
-import bisect
+import json
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.data import arrow
+from opensora_jax.data import parts
+from opensora_jax.data.index import Index, smallest
+from opensora_jax.data.parts import (
+    CODES,
+    TEXT,
+    DatasetError,
+    Parts,
+    count_codes,
+    is_file_name,
+    read_json,
+)
 from opensora_jax.files import short
 
-CODES, TEXT = "video_latent_states", "text_latent_states"
+CODE_COUNTS = "code_counts.npy"
+# Of each part the checksums of its files by their names in it.
+PART_SUMS = "parts.json"
+# Of metadata.json: the checksum of all else that it says, and those of the files beside it.
+CHECKSUM, FILES = "checksum", "files"
 
 
 def _is_count(value):
@@ -47,13 +64,9 @@ def _is_name(value):
     return isinstance(value, str) and value != ""
 
 
-def _is_file_name(value):
-    return _is_name(value) and len(value) <= 255 and Path(value).name == value
-
-
 # What metadata.json must hold: key -> (test, meaning).
 REQUIRED_KEYS = {
-    "codebook": (_is_file_name, "file name of the (n_codes, dim) array, such as codebook.npy"),
+    "codebook": (is_file_name, "file name of the (n_codes, dim) array, such as codebook.npy"),
     "n_codes": (_is_count, "number of codes"),
     "downsample": (_are_counts(3), "the VQ-VAE's downsampling [t, h, w]"),
     "vqvae": (_is_name, "path of the VQ-VAE that decodes the codes"),
@@ -69,53 +82,74 @@ REQUIRED_KEYS = {
 _LONGEST_COMMAND = 10_000  # characters of metadata.json's "command" that an error repeats
 
 
-class DatasetError(ValueError):
-    """A dataset is not as expected; the message names the file or key, its value, and what was."""
-
-
 class LatentDataset:
     """Random access to the rows of a dataset; made by `open_dataset`.
 
     Attributes:
       metadata: what metadata.json holds.
       codebook: (n_codes, dim) float32.
-      code_counts: (n_codes,) int64, how often each code occurs in the data.
-      latent_shapes: (n_rows, 3), T, H and W of every row.
-      text_lengths: (n_rows,), S of every row.
+      code_counts: (n_codes,) int64, how often each code occurs in the videos.
+      grid: (H, W) of the latents.
+      index: where every row lies.
     """
 
-    def __init__(self, folder: Path, metadata: dict, codebook: np.ndarray, batches: list["_Batch"]):
+    def __init__(
+        self,
+        folder: Path,
+        metadata: dict,
+        codebook: np.ndarray,
+        code_counts: np.ndarray,
+        index: Index,
+        parts: Parts,
+    ):
         self.folder, self.metadata, self.codebook = folder, metadata, codebook
-        self._batches = batches
-        self._ends = np.cumsum([len(batch) for batch in batches]).tolist()
-        self.latent_shapes = np.concatenate([batch.codes.shapes for batch in batches])
-        self.text_lengths = np.concatenate([batch.text.shapes[:, 0] for batch in batches])
-        self.code_counts = self._check_rows()
+        self.code_counts, self.index, self._parts = code_counts, index, parts
+        self.grid = _grid(metadata)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self.index.row_video)
 
     @property
     def window_latents(self) -> int:
         """Latent frames that were encoded together; 1 where metadata.json says nothing of it."""
         return max(self.metadata.get("window", 1) // self.metadata["downsample"][0], 1)
 
+    @property
+    def latent_frames(self) -> np.ndarray:
+        """(n_rows,), T of every row."""
+        return self.index.video_frames[self.index.row_video]
+
+    @property
+    def text_lengths(self) -> np.ndarray:
+        """(n_rows,), S of every row."""
+        return self.index.text_lengths[self.index.row_text]
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Row `index`: video_latent_states (T, H, W) integers, text_latent_states (S, D) float32.
 
-        The arrays are read-only views of the file wherever it stores these types.
+        Where the file stores these types the arrays are read-only views of it.
+
+        Raises:
+          DatasetError: the part of the row, used for the first time, is not as expected.
         """
-        batch, i = self._find(index)
-        return {CODES: batch.codes[i], TEXT: batch.text[i].astype(np.float32, copy=False)}
+        index = self._checked(index)
+        video, i = self._video(index)
+        text, j = self._text(index)
+        return {CODES: video.codes[i], TEXT: text.text[j].astype(np.float32, copy=False)}
+
+    def has_column(self, name: str) -> bool:
+        """Whether rows have another column, such as caption."""
+        return any(name in batch.table.schema.names for batch, _ in self._places(0))
 
     def column(self, index: int, name: str):
         """The value of another column, such as caption, in row `index`, as a Python value."""
-        batch, i = self._find(index)
-        if name not in batch.table.column_names:
-            raise DatasetError(
-                f"{self.folder}: no column {name!r}: {short(batch.table.column_names)}"
-            )
-        return batch.table.column(name)[i].as_py()
+        index = self._checked(index)
+        places = self._places(index)
+        for batch, i in places:
+            if name in batch.table.schema.names:
+                return batch.table.column(name)[i].as_py()
+        names = {name for batch, _ in places for name in batch.table.schema.names}
+        raise DatasetError(f"{self.folder}: no column {name!r}: {short(sorted(names))}")
 
     def __repr__(self) -> str:
         # Input pipelines compare this on resume: it must not change when the folder is moved.
@@ -126,52 +160,33 @@ class LatentDataset:
     def __reduce__(self):
         return open_dataset, (self.folder,)  # data workers map the files anew
 
-    def _find(self, index):
+    def _checked(self, index) -> int:
         index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.folder}: row {index} of {len(self)}")
-        index %= len(self)
-        k = bisect.bisect_right(self._ends, index)
-        return self._batches[k], index - self._ends[k] + len(self._batches[k])
+        return index % len(self)
 
-    def _check_rows(self) -> np.ndarray:
-        """Checks the rows against the metadata; returns the code counts."""
-        path, metadata = self.folder / "metadata.json", self.metadata
-        if metadata.get("n_rows", len(self)) != len(self):
-            raise DatasetError(
-                f"{path}: n_rows={short(metadata['n_rows'])}, but the parts hold {len(self)}"
-            )
-        width = metadata["text_width"]
-        grid = [
-            r // d for r, d in zip(metadata["resolution"], metadata["downsample"][1:], strict=True)
-        ]
-        for batch in self._batches:
-            for i in np.flatnonzero(batch.text.shapes[:, 1] != width)[:1]:
-                raise DatasetError(
-                    f"{batch.path}: row {i}: {TEXT} is {batch.text.shapes[i, 1]} wide: "
-                    f"expected text_width={short(width)} as in {path}"
-                )
-            for i in np.flatnonzero((batch.codes.shapes[:, 1:] != grid).any(axis=1))[:1]:
-                raise DatasetError(
-                    f"{batch.path}: row {i}: {CODES} has shape {batch.codes.shapes[i].tolist()}: "
-                    f"expected [T, {short(grid[0])}, {short(grid[1])}], resolution "
-                    f"{short(metadata['resolution'])} over downsample "
-                    f"{short(metadata['downsample'])} as in {path}"
-                )
-        if "code_counts" not in metadata:
-            return sum(count_codes(batch, metadata["n_codes"]) for batch in self._batches)
-        try:
-            counts = np.asarray(metadata["code_counts"], np.int64)
-        except (ValueError, TypeError, OverflowError):
-            found = short(metadata["code_counts"])
-            raise DatasetError(f"{path}: code_counts={found}: expected a list of counts") from None
-        n_values = int(self.latent_shapes.prod(axis=1).sum())
-        if counts.shape != (metadata["n_codes"],) or counts.sum() != n_values:
-            raise DatasetError(
-                f"{path}: code_counts has shape {counts.shape} and sum {counts.sum()}: "
-                f"expected ({metadata['n_codes']},) and {n_values}, the codes in the parts"
-            )
-        return counts
+    def _places(self, index):
+        """Where the row's text and video are: (batch, row of it)."""
+        return [self._text(index), self._video(index)]
+
+    def _video(self, index):
+        number = int(self.index.row_video[index])
+        k = int(np.searchsorted(self.index.video_ends, number, side="right"))
+        start = int(self.index.video_ends[k - 1]) if k else 0
+        return self._parts.videos(k).find(number - start)
+
+    def _text(self, index):
+        number = int(self.index.row_text[index])
+        k = int(np.searchsorted(self.index.text_ends, number, side="right"))
+        start = int(self.index.text_ends[k - 1]) if k else 0
+        return self._parts.texts(k).find(number - start)
+
+
+def _grid(metadata: dict) -> tuple[int, int]:
+    """(H, W) of the latents."""
+    sides = zip(metadata["resolution"], metadata["downsample"][1:], strict=True)
+    return tuple(pixels // factor for pixels, factor in sides)
 
 
 def read_metadata(folder: epath.PathLike) -> dict:
@@ -180,8 +195,9 @@ def read_metadata(folder: epath.PathLike) -> dict:
 
 
 def open_dataset(folder: str | os.PathLike) -> LatentDataset:
-    """Opens a dataset and checks it: metadata, codebook, and the shapes of all rows.
+    """Opens a dataset and checks what it says of itself; parts are checked when first used.
 
+    Of one without an index, flat and made by others or by an earlier version, all parts are read.
     One in an object store (gs://...) is copied to this machine first.
 
     Raises:
@@ -190,11 +206,97 @@ def open_dataset(folder: str | os.PathLike) -> LatentDataset:
     """
     folder = files.fetch(folder, "metadata.json")
     metadata = complete_metadata(folder)
-    codebook = _read_codebook(folder / metadata["codebook"], metadata["n_codes"])
-    batches = list(read_batches(folder))
-    if not batches:
+    sums = metadata.get(FILES, {})
+    path = folder / metadata["codebook"]
+    codebook = _read_codebook(path, metadata["n_codes"])
+    parts.expect_checksum(path, sums.get(metadata["codebook"]))
+    if not sums:
+        return _scan(folder, metadata, codebook)
+    index = Index.load(folder, sums)
+    parts.expect_checksum(folder / PART_SUMS, sums.get(PART_SUMS, ""))
+    part_sums = files.read_json(folder / PART_SUMS, list)
+    folders = [folder / parts.name_of(k) for k in range(len(index.video_ends))]
+    opened = _parts(folders, part_sums, metadata)
+    parts.expect_checksum(folder / CODE_COUNTS, sums.get(CODE_COUNTS, ""))
+    counts = np.load(folder / CODE_COUNTS, allow_pickle=False)
+    found = LatentDataset(folder, metadata, codebook, counts, index, opened)
+    if metadata.get("n_rows") != len(found):
+        n_rows = short(metadata.get("n_rows"))
+        raise DatasetError(
+            f"{folder / 'metadata.json'}: n_rows={n_rows}, but the parts hold {len(found)}"
+        )
+    found[0]  # the first part stands for what metadata.json says of all
+    if metadata.get(CHECKSUM) != checksum(metadata):  # last: others say more
+        raise DatasetError(
+            f"{folder / 'metadata.json'}: checksum {checksum(metadata)}, expected "
+            f"{short(metadata.get(CHECKSUM))}: it was changed after it was written; put it back, "
+            f"or set {CHECKSUM!r} to the former if the change is yours"
+        )
+    return found
+
+
+def _parts(folders: list[Path], sums, metadata: dict) -> Parts:
+    return Parts(
+        folders,
+        sums,
+        n_codes=metadata["n_codes"],
+        grid=_grid(metadata),
+        text_width=metadata["text_width"],
+    )
+
+
+def _scan(folder: Path, metadata: dict, codebook: np.ndarray) -> LatentDataset:
+    """A dataset without an index: its rows are looked at one part after the other."""
+    path = folder / "metadata.json"
+    folders = parts.find(folder)
+    opened = _parts(folders, [], metadata)
+    frames, lengths, ends, n_values = [], [], [], 0
+    counts = None if "code_counts" in metadata else np.zeros(metadata["n_codes"], np.int64)
+    for k in range(len(folders)):
+        # Both columns must be there.
+        for batch in parts.open_table(folders[k], columns=(CODES, TEXT)):
+            n_values += int(batch.codes.shapes.prod(axis=1).sum())
+            frames.append(batch.codes.shapes[:, 0])
+            lengths.append(batch.text.shapes[:, 0])
+            if counts is not None:
+                counts += count_codes(batch, metadata["n_codes"])
+        opened.videos(k), opened.texts(k)  # which checks them
+        ends.append(sum(map(len, frames)))
+    if not frames:
         raise DatasetError(f"{folder}: no rows: expected part-00000, ... or a save_to_disk folder")
-    return LatentDataset(folder, metadata, codebook, batches)
+    n_rows = ends[-1]
+    if metadata.get("n_rows", n_rows) != n_rows:
+        raise DatasetError(
+            f"{path}: n_rows={short(metadata['n_rows'])}, but the parts hold {n_rows}"
+        )
+    if counts is None:
+        counts = _known_counts(path, metadata, n_values)
+    numbers = smallest(np.arange(n_rows))
+    index = Index(
+        row_video=numbers,
+        row_text=numbers,
+        video_frames=smallest(np.concatenate(frames)),
+        text_lengths=smallest(np.concatenate(lengths)),
+        video_ends=np.array(ends),
+        text_ends=np.array(ends),
+        video_hashes=np.zeros(0, np.uint64),
+    )
+    return LatentDataset(folder, metadata, codebook, counts, index, opened)
+
+
+def _known_counts(path: Path, metadata: dict, n_values: int) -> np.ndarray:
+    """The code counts that metadata.json says, of so many codes."""
+    try:
+        counts = np.asarray(metadata["code_counts"], np.int64)
+    except (ValueError, TypeError, OverflowError):
+        found = short(metadata["code_counts"])
+        raise DatasetError(f"{path}: code_counts={found}: expected a list of counts") from None
+    if counts.shape != (metadata["n_codes"],) or counts.sum() != n_values:
+        raise DatasetError(
+            f"{path}: code_counts has shape {counts.shape} and sum {counts.sum()}: "
+            f"expected ({metadata['n_codes']},) and {n_values}, the codes in the parts"
+        )
+    return counts
 
 
 def complete_metadata(folder: epath.PathLike) -> dict:
@@ -225,86 +327,10 @@ def complete_metadata(folder: epath.PathLike) -> dict:
     return metadata
 
 
-@dataclass
-class _Batch:
-    """One contiguous Arrow record batch."""
-
-    path: Path
-    table: pa.RecordBatch
-    codes: arrow.Column
-    text: arrow.Column
-
-    def __len__(self):
-        return len(self.codes)
-
-
-def read_batches(folder: Path) -> Iterator[_Batch]:
-    """The rows of all parts, mapped into memory.
-
-    Raises:
-      DatasetError: a file is missing or damaged, or a column is, or of another kind.
-    """
-    parts = [folder] if (folder / "state.json").exists() else sorted(folder.glob("part-?????"))
-    for part in parts:
-        for path in _data_files(part):
-            try:
-                record_batches = (
-                    pa.ipc.open_stream(pa.memory_map(str(path))).read_all().to_batches()
-                )
-            except (OSError, ValueError) as error:
-                raise DatasetError(f"{path}: not a whole Arrow file: {short(str(error))}") from None
-            for table in record_batches:
-                if len(table):
-                    codes = _read_column(path, table, CODES, 3, "integer")
-                    yield _Batch(path, table, codes, _read_column(path, table, TEXT, 2, "floating"))
-
-
-def _data_files(part: Path) -> list[Path]:
-    path = part / "state.json"
-    found = read_json(path).get("_data_files")
-    try:
-        names = [entry["filename"] for entry in found]
-    except (KeyError, TypeError):
-        names = [None]
-    if not all(map(_is_file_name, names)):
-        raise DatasetError(f"{path}: _data_files={short(found)}: expected a list of file names")
-    return [part / name for name in names]
-
-
-def _read_column(path, table, name, rank, kind) -> arrow.Column:
-    where = f"{path}: column {name!r}"
-    if name not in table.column_names:
-        raise DatasetError(f"{where} is missing: the columns are {short(table.column_names)}")
-    try:
-        return arrow.from_nested_list(table.column(name), rank, kind)
-    except arrow.ColumnError as error:
-        raise DatasetError(f"{where}: {error}") from None
-
-
-def count_codes(batch: _Batch, n_codes: int) -> np.ndarray:
-    """How often each code occurs, (n_codes,) int64.
-
-    Raises:
-      DatasetError: as `check_codes`.
-    """
-    counts = np.zeros(n_codes, np.int64)
-    codes = batch.codes.flat
-    for start in range(0, len(codes), 2**20):  # in chunks: bincount widens them to 8 bytes
-        chunk = codes[start : start + 2**20]
-        check_codes(chunk, n_codes, batch.path)
-        counts += np.bincount(chunk.astype(np.int64), minlength=n_codes)
-    return counts
-
-
-def check_codes(codes: np.ndarray, n_codes: int, where: str | Path) -> None:
-    """Sees that all codes are in the codebook.
-
-    Raises:
-      DatasetError: naming `where` they are found.
-    """
-    low, high = int(codes.min()), int(codes.max())
-    if low < 0 or high >= n_codes:
-        raise DatasetError(f"{where}: {CODES} holds {low} to {high}: expected 0 to {n_codes - 1}")
+def checksum(metadata: dict) -> str:
+    """CRC-32 of what metadata.json says, but for the checksum itself, as eight digits."""
+    rest = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
 
 
 def _read_codebook(path, n_codes):
@@ -319,17 +345,3 @@ def _read_codebook(path, n_codes):
             f"({short(n_codes)}, dim), n_codes={short(n_codes)}"
         )
     return codebook.astype(np.float32)
-
-
-def read_json(path: epath.PathLike) -> dict:
-    """`files.read_json` of a file that belongs to a dataset.
-
-    Raises:
-      DatasetError: no such file, or not an object in JSON.
-    """
-    try:
-        return files.read_json(path)
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such file: expected a dataset in {path.parent}") from None
-    except ValueError as error:
-        raise DatasetError(str(error)) from None

@@ -14,7 +14,8 @@ import grain
 import numpy as np
 
 from opensora_jax.data import video_io
-from opensora_jax.data.dataset import CODES, TEXT, LatentDataset
+from opensora_jax.data.dataset import LatentDataset
+from opensora_jax.data.parts import CODES, TEXT
 from opensora_jax.data.video_file import VIDEO_SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -210,10 +211,22 @@ class _Rows:
 
 def split_by_video(dataset: LatentDataset, share: float) -> tuple[np.ndarray, np.ndarray]:
     """(training rows, validation rows); about `share` of the videos, with all their captions,
-    are for validation, and the same ones every time."""
-    files = np.array([dataset.column(i, "video_file") for i in range(len(dataset))])
-    names = np.unique(files)
-    n_validation = round(share * len(names))
-    chosen = np.random.default_rng(0).permutation(names)[:n_validation]
-    is_validation = np.isin(files, chosen)
+    are for validation, and the same ones every time, whichever others there are."""
+    hashes = dataset.index.video_hashes
+    if len(hashes):
+        is_validation = (hashes < share * 2.0**64)[dataset.index.row_video]
+    else:
+        is_validation = _is_validation_by_name(dataset, share)
     return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+
+
+def _is_validation_by_name(dataset: LatentDataset, share: float) -> np.ndarray:
+    """As it was before datasets had hashes, so that their trainings go on as they began."""
+    n = len(dataset)
+    if dataset.has_column("video_file"):
+        names = np.array([dataset.column(i, "video_file") for i in range(n)])
+    else:
+        names = np.arange(n)  # who knows which rows are of one video
+    videos = np.unique(names)
+    chosen = np.random.default_rng(0).permutation(videos)[: round(share * len(videos))]
+    return np.isin(names, chosen)

@@ -1,6 +1,7 @@
 """From prompts to videos with a trained DiT: what sampling, training and grading share."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -162,7 +163,7 @@ class Generator:
 
     def sample(
         self,
-        prompts: list[str],
+        prompts: list[str] | Mapping[str, np.ndarray],
         *,
         params: PyTree,
         steps: int,
@@ -179,13 +180,17 @@ class Generator:
         of the devices that share it.
 
         Args:
+          prompts: what to show; or by their names the features (S, D) of texts.
           ancestral: draw noise in every step, too; of models with the objective ddpm.
 
         Raises:
           ValueError: a number of steps, or ancestral sampling, that the model's objective lacks.
         """
         text_length = self._description.text_length
-        features = self._text_encoder.encode(prompts)
+        if isinstance(prompts, Mapping):
+            features = list(prompts.values())
+        else:
+            features = self._text_encoder.encode(prompts)
         text = np.stack([pipeline.pad_text(f, text_length) for f in features])
         lengths = np.array([min(len(f), text_length) for f in features], np.int32)
         n, parts = len(prompts), self._mesh.shape["data"] * self._mesh.shape["fsdp"]

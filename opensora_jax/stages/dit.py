@@ -19,6 +19,7 @@ from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert.dit import open_blocks
 from opensora_jax.data import dataset, pipeline
 from opensora_jax.data.dataset import LatentDataset
+from opensora_jax.data.parts import TEXT
 from opensora_jax.diffusion import objectives
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.tasks.dit import DiTTask, Latents
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # Captions of the validation videos that are sampled where the configuration names no prompts.
 N_PROMPTS = 8
+# Share of the rows that are long enough for the length that is chosen where none is asked for.
+USABLE = 0.9
 # Batches that a validation loss is the mean of.
 N_VALIDATION_BATCHES = 4
 
@@ -52,10 +55,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
         logger.info("dit: %s: done already", folder)
         return
     data = dataset.open_dataset(config.data.dataset or epath.Path(workdir) / "dataset")
-    n_frames = c.n_latent_frames or int(data.latent_shapes[:, 0].min())
-    text_length = c.text_length or int(data.text_lengths.max())
+    n_frames = c.n_latent_frames or _usual_frames(data, folder)
+    text_length = c.text_length or int(data.index.text_lengths.max())
     rows, validation_rows = _usable_rows(data, n_frames, c.validation_share)
-    grid = (n_frames, *(int(n) for n in data.latent_shapes[0, 1:]))
+    grid = (n_frames, *data.grid)
     training = build.dit_training(
         config,
         Latents.normalized(data.codebook, data.code_counts, c.components),
@@ -94,7 +97,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if len(validation_rows):
         validation = Validation(task, batches(validation_rows, 0), mesh, c.accumulate)
         evaluations.append(loop.Evaluation(c.eval_every, validation))
-    prompts = list(config.sample.prompts) or _captions(data, validation_rows)
+    prompts = list(config.sample.prompts) or _prompts(data, validation_rows)
     samples = SampleVideos(config, folder, task, description, prompts, mesh)
     evaluations.append(loop.Evaluation(c.eval_every, samples))
     loop.fit(
@@ -131,25 +134,44 @@ def _expect_same_model(c: ConfigDict, folder: epath.Path) -> None:
     )
 
 
+def _usual_frames(data: LatentDataset, folder: epath.Path) -> int:
+    """Latent frames of an example that most of the data has: the most, in whole windows where there
+    are any, of which `USABLE` of the rows have so many. Those of a training that has begun stay.
+    """
+    if (folder / checkpoint.MODEL_FILE).exists():
+        return int(DiTDescription.read(folder).latent_grid[0])
+    frames, window = data.latent_frames, data.window_latents
+    n = int(np.quantile(frames, 1 - USABLE, method="lower"))
+    n = n // window * window or n
+    left_out = int((frames < n).sum())
+    logger.info("dit: dit.n_latent_frames is %d, which suits most of the data", n)
+    if left_out:
+        logger.info("dit: %d of %d rows are shorter and left out", left_out, len(frames))
+    return n
+
+
 def _usable_rows(
     data: LatentDataset, n_frames: int, validation_share: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(training rows, validation rows) that are long enough."""
     split = pipeline.split_by_video(data, validation_share)
-    long_enough = data.latent_shapes[:, 0] >= n_frames
+    long_enough = data.latent_frames >= n_frames
     rows, validation_rows = (part[long_enough[part]] for part in split)
     if not len(rows):
         raise ValueError(
-            f"dit.n_latent_frames={n_frames}: expected at most {data.latent_shapes[:, 0].max()}, "
+            f"dit.n_latent_frames={n_frames}: expected at most {data.index.video_frames.max()}, "
             f"the most latent frames in {data.folder}"
         )
     return rows, validation_rows
 
 
-def _captions(data: LatentDataset, validation_rows: np.ndarray) -> list[str]:
-    rows = validation_rows if len(validation_rows) else np.arange(len(data))
-    captions = dict.fromkeys(data.column(int(i), "caption") for i in rows[:200])
-    return list(captions)[:N_PROMPTS]
+def _prompts(data: LatentDataset, validation_rows: np.ndarray) -> dict[str, Any] | list[str]:
+    """Captions of the validation videos; where rows have none, their text features, by a name."""
+    rows = validation_rows if len(validation_rows) else np.arange(min(200, len(data)))
+    if data.has_column("caption"):
+        captions = dict.fromkeys(data.column(int(i), "caption") for i in rows[:200])
+        return list(captions)[:N_PROMPTS]
+    return {f"row {i}": data[int(i)][TEXT] for i in rows[:N_PROMPTS]}
 
 
 class Validation:
@@ -192,7 +214,7 @@ class SampleVideos:
         folder: epath.Path,
         task: DiTTask,
         description: DiTDescription,
-        prompts: list[str],
+        prompts: list[str] | dict[str, np.ndarray],
         mesh: Mesh,
     ):
         self._config, self._folder, self._prompts = config, folder, prompts
@@ -221,5 +243,5 @@ class SampleVideos:
         )
         if jax.process_index() == 0:
             folder = self._folder / "samples" / f"step{int(state.step):06d}"
-            self._generator.write(folder, self._prompts, videos)
+            self._generator.write(folder, list(self._prompts), videos)
         return {}

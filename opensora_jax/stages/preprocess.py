@@ -5,6 +5,7 @@ on, and written. Legend: T frames, H, W pixels; t, h, w codes; S tokens, D featu
 """
 
 import hashlib
+import math
 import os
 import shlex
 from collections import Counter
@@ -18,7 +19,7 @@ from etils import epath
 from tqdm import tqdm
 
 from opensora_jax import files, lock
-from opensora_jax.data import dataset, dataset_writer, video_io
+from opensora_jax.data import dataset, dataset_writer, parts, video_io
 from opensora_jax.data.captions import expect_a_video, read_captions
 from opensora_jax.data.clips import Clip, Failed, Filtered, decode_clips
 from opensora_jax.inference.small_text_model import make_small_text_model
@@ -31,6 +32,10 @@ _LONGEST_NAME = 255  # characters of each
 
 class PreprocessError(ValueError):
     """The arguments do not fit each other, or the output folder."""
+
+
+# Codes of a part, in bytes: it is read whole when it is first used.
+PART_BYTES = 2**26
 
 
 def run(config, workdir: str | os.PathLike) -> None:
@@ -64,6 +69,7 @@ def run(config, workdir: str | os.PathLike) -> None:
         window=options.window or None,
         batch_size=options.batch_size,
         videos_per_part=options.videos_per_part,
+        flat=options.get("flat", False),
     )
 
 
@@ -81,6 +87,7 @@ def preprocess(
     window: int | None = None,
     batch_size: int = 8,
     videos_per_part: int = 64,
+    flat: bool = False,
 ) -> None:
     """Writes the dataset: one row per caption of every video that is kept.
 
@@ -102,7 +109,10 @@ def preprocess(
       window: frames that are encoded together; None takes the length the VQ-VAE was trained on. A
         last, partial window is padded with its last frame, and the codes of the padding dropped.
       batch_size: windows encoded at a time, rounded up to a multiple of the number of devices.
-      videos_per_part: videos between two points that an interrupted run can go on from.
+      videos_per_part: videos between two points that an interrupted run can go on from, or fewer,
+        so that a part stays small.
+      flat: every row with all its columns, as `datasets.load_from_disk` reads a part; codes and
+        features are stored as often as there are captions.
 
     Raises:
       ValueError: bad arguments, or an output folder made with others or that cannot be written;
@@ -135,6 +145,7 @@ def preprocess(
         "n_frames": n_frames,
         "window": min(window, n_frames) if n_frames else window,
         "videos_per_part": videos_per_part,
+        **({"flat": True} if flat else {}),  # which older datasets do not say
     }
     _check_downsample(settings, model.downsample)
     if _is_done(output, settings):
@@ -172,7 +183,12 @@ def _write_parts(entries, videos, output, model, text_encoder, settings, batch_s
     """Writes the parts that are still missing; returns the records of all."""
     records = dataset_writer.read_records(output)
     videos_per_part = settings["videos_per_part"]
-    todo = entries[len(records) * videos_per_part :]
+    done = sum(r["kept"] + len(r["filtered"]) + len(r["failed"]) for r in records)
+    todo = entries[done:]
+    known = dataset_writer.known_texts(output, len(records))
+    n_codes = len(model.codebook)
+    code_bytes = dataset_writer.code_dtype(n_codes).itemsize
+    pixels_a_byte = 3 * math.prod(model.downsample) // code_bytes
     encoder = WindowEncoder(model, settings["window"], batch_size)
     features = _CaptionFeatures(text_encoder.encode, todo)
     decoded = decode_clips(
@@ -185,31 +201,40 @@ def _write_parts(entries, videos, output, model, text_encoder, settings, batch_s
         multiple=model.downsample[0],
     )
     with tqdm(total=len(entries), initial=len(entries) - len(todo), unit="video") as bar:
-        for start in range(0, len(todo), videos_per_part):
-            part = todo[start : start + videos_per_part]
-            kept, left_out = [], []
-            for entry, clip in zip(part, islice(decoded, len(part)), strict=True):
+        pairs = zip(todo, decoded, strict=True)
+        while done < len(entries):
+            part, kept, left_out, size = [], [], [], 0
+            for entry, clip in islice(pairs, videos_per_part):
+                part.append(entry)
                 if isinstance(clip, Clip):
                     encoder.add(clip.frames_THWC)
                     kept.append((entry, clip.fps))
+                    size += clip.frames_THWC.size // pixels_a_byte
                 else:
                     left_out.append(clip)
                 bar.update()
+                if size >= PART_BYTES:
+                    break
+            done += len(part)
             rows = [
-                {"video_file": entry["file"], dataset.CODES: codes_thw, "caption": text, "fps": fps}
+                {"video_file": entry["file"], parts.CODES: codes_thw, "caption": text, "fps": fps}
                 for (entry, fps), codes_thw in zip(kept, encoder.finish(), strict=True)
                 for text in entry["captions"]
             ]
             text_features = features.compute([row["caption"] for row in rows])
             for row, text_SD in zip(rows, text_features, strict=True):
-                row[dataset.TEXT] = text_SD
+                row[parts.TEXT] = text_SD
             features.forget([caption for entry in part for caption in entry["captions"]])
             record = {
                 "kept": len(kept),
                 "filtered": [asdict(clip) for clip in left_out if isinstance(clip, Filtered)],
                 "failed": [asdict(clip) for clip in left_out if isinstance(clip, Failed)],
             }
-            dataset_writer.write_part(output, len(records), rows, len(model.codebook), record)
+            dataset_writer.write_part(
+                *(output, len(records), rows, n_codes, record),
+                texts=known,
+                flat=settings.get("flat", False),
+            )
             records.append(record)
     return records
 
@@ -307,6 +332,7 @@ def _command(captions, videos, output, vqvae, text_model, settings):
     words += ["--vqvae", vqvae, "--text_model", text_model, "--resolution", *settings["resolution"]]
     for key in ("fps", "max_frames", "n_frames", "window", "videos_per_part"):
         words += [f"--{key}", settings[key] or 0]
+    words += ["--flat"] if "flat" in settings else []
     return shlex.join(map(str, words))
 
 

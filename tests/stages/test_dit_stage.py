@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import jax
 import numpy as np
 import pytest
@@ -163,6 +164,43 @@ def test_a_resumed_training_does_not_start_again(data, tmp_path):
     step, resumed = restore(tmp_path, like)
     assert step == 4
     jax.tree.map(functools.partial(assert_close, atol=1e-6), trained["params"], resumed["params"])
+
+
+def test_two_columns_are_enough_and_the_length_suits_most_of_the_data(tmp_path, caplog):
+    """Of a dataset that others wrote, of videos of many lengths; samples show its own texts."""
+    caplog.set_level("INFO", "opensora_jax")
+    rng = np.random.default_rng(0)
+    frames = [1] + [4] * 8 + [5] * 31
+    columns = {
+        "video_latent_states": [rng.integers(0, 64, (n, 4, 4)).tolist() for n in frames],
+        "text_latent_states": [rng.normal(size=(3, 16)).tolist() for _ in frames],
+    }
+    data = tmp_path / "data"
+    datasets.Dataset.from_dict(columns).save_to_disk(data)
+    np.save(data / "codebook.npy", np.asarray(load_tokenizer(VQVAE_PATH).codebook))
+    make_small_text_model(tmp_path / "text", ["a"], width=16, depth=1, heads=1)
+    metadata = {
+        "codebook": "codebook.npy",
+        "n_codes": 64,
+        "downsample": [4, 4, 4],
+        "vqvae": str(VQVAE_PATH),
+        "text_model": str(tmp_path / "text"),
+        "text_width": 16,
+        "resolution": [16, 16],
+        "fps": 8,
+    }
+    (data / "metadata.json").write_text(json.dumps(metadata))
+    given = {"steps": 1, "depth": 1, "width": 16, "heads": 2, "validation_share": 0.2}
+    config = make_config(data, init_from="", eval_every=1, **given)
+    config.sample.steps = 1
+    stage.run(config, tmp_path / "run")
+    assert DiTDescription.read(tmp_path / "run" / "dit").latent_grid == [4, 4, 4]
+    assert "dit.n_latent_frames is 4, which suits most of the data" in caplog.text
+    assert "1 of 40 rows are shorter and left out" in caplog.text
+    (samples,) = (tmp_path / "run" / "dit" / "samples").iterdir()
+    prompts = json.loads((samples / "prompts.json").read_text())
+    assert len(prompts) == stage.N_PROMPTS
+    assert all((samples / p["file"]).exists() and p["prompt"].startswith("row ") for p in prompts)
 
 
 def test_tokens_are_sharded_over_the_context_axis(tmp_path):
