@@ -4,7 +4,7 @@ The other files of this folder start from here and change what they need. On the
 `--config.dit.steps=1000` overrides a field; a field that does not exist stops the run.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def get_config() -> ConfigDict:
@@ -97,14 +97,17 @@ def get_config() -> ConfigDict:
 
     # The DiT and its training.
     c.dit = ConfigDict()
-    c.dit.size = "B"  # S, B, L or XL, or empty to use the three numbers below
+    # S, B, L or XL, with heads of 128 unless it starts from a checkpoint; empty: these numbers.
+    c.dit.size = "B"
     c.dit.depth = 0
     c.dit.width = 0
     c.dit.heads = 0
     # A checkpoint of facebookresearch/DiT of the same depth, width and heads, such as
     # DiT-XL-2-256x256.pt: a new training starts from its blocks. Empty: from scratch.
     c.dit.init_from = ""
-    c.dit.components = 0  # principal components of the code embeddings that are denoised; 0: all
+    # Principal components of the code embeddings that are denoised. auto: those with 99% of their
+    # variance; 0: all channels as they are.
+    c.dit.components = FieldReference("auto", field_type=object)
     c.dit.patch = 2  # a token is 1 x patch x patch latents
     c.dit.text_mode = "cross_attention"  # or in_context: text tokens join the sequence
     c.dit.text_length = 0  # tokens a caption is padded or cut to; 0: the longest in the data
@@ -114,9 +117,11 @@ def get_config() -> ConfigDict:
     # What is trained on: flow, rectified flow, or ddpm, DiT's (the noise, its variance learned).
     c.dit.objective = "flow"
     # Of flow, what the network gives: velocity, or data (the clean latents, from which the velocity
-    # follows) where a token holds as many numbers as the network is wide.
-    c.dit.prediction = "velocity"
-    c.dit.time_shift = 1.0  # of flow; above 1: more of the noisy times, for large grids or patches
+    # follows). auto: data where a token holds as many numbers as the network is wide.
+    c.dit.prediction = "auto"
+    # Of flow; above 1: more of the noisy times, for large grids or patches. auto: by how much noise
+    # it takes to hide a code of this codebook.
+    c.dit.time_shift = FieldReference("auto", field_type=object)
     c.dit.validation_share = 0.02  # share of the videos held back to measure the loss on
     c.dit.batch_size = 256  # examples a step, over all devices
     c.dit.accumulate = 1  # microbatches a step, when a batch does not fit

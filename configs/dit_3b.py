@@ -26,7 +26,6 @@ def get_config() -> ConfigDict:
     c.dit.size = ""
     c.dit.depth, c.dit.width, c.dit.heads = 32, 2048, 16
     c.dit.patch = 2
-    c.dit.time_shift = 3.0
     c.dit.batch_size = 256
     c.dit.learning_rate = 1e-4
     c.dit.remat = "full"

@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
 
     c.dit.size = "XL"
     c.dit.patch = 2
-    c.dit.time_shift = 2.0
     c.dit.batch_size = 256
     c.dit.accumulate = 4
     c.dit.remat = "full"

@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
     c.dit.ema_decay = 0.99
     c.dit.remat = "none"
     c.dit.unroll = 6
+    c.dit.components = 0
     c.dit.time_shift = 6.0
     c.dit.prediction = "data"
     c.dit.eval_every = 400

@@ -145,7 +145,7 @@ def test_numbers_are_finite_of_the_right_type_and_not_negative(name):
         ("dit.heads", 6, "0, since dit.size=B says it"),
         ("dit.text_mode", "concat", "one of cross_attention, in_context"),
         ("dit.objective", "edm", "one of flow, ddpm"),
-        ("dit.prediction", "noise", "one of velocity, data"),
+        ("dit.prediction", "noise", "one of auto, velocity, data"),
         ("sample.ancestral", True, "False, since dit.objective is flow"),
         ("sample.prompts", ("a", " "), "texts that are not blank"),
         ("dit.remat", "some", "one of none, dots, offload, full"),
@@ -180,8 +180,8 @@ def test_there_are_as_many_phrasings_as_captions_may_be_asked_for():
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("dit.prediction", "data", "velocity"),
-        ("dit.time_shift", 2.0, "1"),
+        ("dit.prediction", "data", "auto or velocity"),
+        ("dit.time_shift", 2.0, "auto or 1"),
         ("sample.steps", 1001, "at most 1000"),
     ],
 )
@@ -203,16 +203,16 @@ def test_sizes_of_a_model_fit_each_other():
 def test_batches_divide_over_devices_and_microbatches():
     fields = {"dit.accumulate": 2, "dit.batch_size": 24}
     assert "16: 8 data devices x dit.accumulate" in refused(load("default", **fields))
-    config_lib.check(load("default", **fields, mesh__tensor=4))
+    config_lib.check(load("default", **fields, mesh__tensor=2))
     with pytest.raises(ValueError, match="8 devices"):
         config_lib.check(load("default", mesh__fsdp=3))
 
 
 def test_heads_divide_over_context_and_tensor():
-    config_lib.check(load("default", mesh__data=2, mesh__context=2, mesh__tensor=2))
+    config_lib.check(load("default", mesh__data=4, mesh__context=1, mesh__tensor=2))
     message = refused(load("default", mesh__data=1, mesh__context=4, mesh__tensor=2))
     assert message.startswith("config.mesh.context=4, config.mesh.tensor=2: ")
-    assert "the DiT's 12 heads" in message
+    assert "the DiT's 6 heads, of 128 each" in message
 
 
 # ------------------------------------------------------------------------------------------- stages

@@ -12,6 +12,8 @@ from opensora_jax.models.vqvae import VQVAEConfig
 
 logger = logging.getLogger(__name__)
 
+HEAD_SIZE = 128
+
 
 def compute_dtype(name: str, platform: str | None = None) -> jnp.dtype:
     """The dtype that `name` says; "auto" is bfloat16 but for CPUs, which only emulate it.
@@ -76,9 +78,21 @@ def sampling_execution(config: DiTConfig) -> Execution:
     return Execution(dtype=dtype, attention=attention_implementation("auto", config, dtype))
 
 
+def dit_size(c: ConfigDict) -> tuple[int, int, int]:
+    """(depth, width, heads) of `config.dit`.
+
+    What starts from a checkpoint has its heads, the paper's. Others have heads of 128, which fill a
+    TPU's lanes and are as good (docs/performance.md).
+    """
+    if not c.size:
+        return c.depth, c.width, c.heads
+    depth, width, heads = dit.SIZES[c.size]
+    return depth, width, heads if c.init_from else width // HEAD_SIZE
+
+
 def dit_config(c: ConfigDict, *, channels: int, out_channels: int, text_width: int) -> DiTConfig:
     """The DiT that `config.dit` describes, for latents and texts of these sizes."""
-    depth, width, heads = dit.SIZES[c.size] if c.size else (c.depth, c.width, c.heads)
+    depth, width, heads = dit_size(c)
     return DiTConfig(
         depth=depth,
         width=width,

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -16,11 +18,13 @@ from opensora_jax import files, hardware
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.build import networks
 from opensora_jax.diffusion import objectives
-from opensora_jax.models import flops
+from opensora_jax.models import dit, flops
 from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.tasks.vqvae import VQVAETask
 from opensora_jax.train import optim
 from opensora_jax.train.settings import LoopSettings, StepSettings, Throughput
+
+logger = logging.getLogger(__name__)
 
 
 def vqvae_task(c: ConfigDict) -> VQVAETask:
@@ -88,6 +92,65 @@ class DiTTraining:
     throughput: Throughput
 
 
+def adopt(c: ConfigDict, found: Mapping[str, Any]) -> ConfigDict:
+    """`config.dit` c, of which what is left to choose is as in a model that was begun.
+
+    Args:
+      found: what model.json says of it.
+    """
+    c = c.copy_and_resolve_references()
+    with c.ignore_type():  # of a number in the place of "auto"
+        c.update({n: found[n] for n in ("prediction", "time_shift") if c[n] == "auto"})
+    there = found["dit"]
+    if c.size and dit.SIZES[c.size][:2] == (there["depth"], there["width"]):
+        c.update(size="", **{name: there[name] for name in ("depth", "width", "heads")})
+    return c
+
+
+def choose(c: ConfigDict, latents: Latents, code_counts: np.ndarray | None = None) -> ConfigDict:
+    """`config.dit` c with "auto" replaced by what suits these latents, and says what it is.
+
+    The prediction is the velocity, which contains the noise, unless a token holds as many numbers
+    as the network is wide: then not all of the noise could pass through it (arXiv:2511.13720). The
+    shift of times puts the middle of the levels where noise begins to hide the codes.
+
+    Args:
+      code_counts: (n_codes,); None: not known, so that nothing can be measured.
+    """
+    c = c.copy_and_resolve_references()
+    _, width, _ = networks.dit_size(c)
+    numbers = latents.channels * c.patch**2
+    if c.objective != "flow":
+        with c.ignore_type():
+            c.update(prediction="velocity", time_shift=1.0)
+        return c
+    if c.prediction == "auto":
+        c.prediction = "data" if numbers >= width else "velocity"
+        logger.info(
+            "dit.prediction: %s, for tokens of %d numbers in a network of width %d",
+            *(c.prediction, numbers, width),
+        )
+    elif c.prediction == "velocity" and numbers > width:
+        logger.warning(
+            "dit.prediction=velocity: a token holds %d numbers, of which a network of width %d can "
+            "give %d: of the noise in a velocity %.0f%% is out of reach; expected data, or fewer "
+            "dit.components",
+            *(numbers, width, width, 100 * (1 - width / numbers)),
+        )
+    if c.time_shift == "auto":
+        shift = 1.0
+        if code_counts is not None:
+            level = latents.hidden_level(code_counts)
+            shift = round(max(1.0, level / (1 - level)), 2)
+            logger.info(
+                "dit.time_shift: %.2f, as half of the codes are hidden at the noise level %.2f",
+                *(shift, level),
+            )
+        with c.ignore_type():
+            c.time_shift = shift
+    return c
+
+
 def check_sequence(c: ConfigDict, mesh: Mesh, grid: tuple[int, int, int], text_length: int) -> None:
     """Sees that the context axis divides the sequence of `config.dit` c evenly.
 
@@ -125,22 +188,24 @@ def dit_training(
             f"dit.patch={c.patch}: expected a divisor of the latents' {grid[1]}x{grid[2]}"
         )
     objective = objectives.from_fields(c)
-    dit = networks.dit_config(
+    model = networks.dit_config(
         c,
         channels=latents.channels,
         out_channels=objective.outputs * latents.channels,
         text_width=text_width,
     )
     task = DiTTask(
-        dit,
+        model,
         latents,
         objective,
-        execution=networks.execution(c, dit, platform),
+        execution=networks.execution(c, model, platform),
         caption_dropout=c.caption_dropout,
     )
     tx, schedule = optimizer(c)
     tokens = c.batch_size * math.prod(grid) // c.patch**2
-    n_flops = flops.dit_step_flops(dit, grid=grid, text_length=text_length, batch_size=c.batch_size)
+    n_flops = flops.dit_step_flops(
+        model, grid=grid, text_length=text_length, batch_size=c.batch_size
+    )
     return DiTTraining(
         task=task,
         tx=tx,

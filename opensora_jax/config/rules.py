@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from opensora_jax import files
 from opensora_jax import mesh as mesh_lib
+from opensora_jax.build import networks
 from opensora_jax.config.stages import STAGES
 from opensora_jax.diffusion import ddpm, flow
 from opensora_jax.diffusion.objectives import OBJECTIVES
@@ -44,6 +45,10 @@ def at_least(low: int) -> Rule:
 def one_of(names: Sequence[str]) -> Rule:
     known = ", ".join(name or "empty" for name in names)
     return Rule(lambda v: isinstance(v, str) and v in names, f"one of {known}")
+
+
+def auto_or(rule: Rule) -> Rule:
+    return Rule(lambda v: v == "auto" or rule.test(v), f"auto, or {rule.expected}")
 
 
 positive = Rule(lambda v: _is_number(v) and v > 0, "a positive number")
@@ -157,15 +162,15 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "width": at_least(0),
         "heads": at_least(0),
         "init_from": text,
-        "components": at_least(0),
+        "components": auto_or(at_least(0)),
         "patch": at_least(1),
         "text_mode": one_of(dit.TEXT_MODES),
         "text_length": at_least(0),
         "n_latent_frames": at_least(0),
         "caption_dropout": share,
         "objective": one_of(tuple(OBJECTIVES)),
-        "prediction": one_of(tuple(flow.PREDICTIONS)),
-        "time_shift": positive,
+        "prediction": one_of(("auto", *flow.PREDICTIONS)),
+        "time_shift": auto_or(positive),
         "validation_share": below_one,
         "optimizer": one_of(OPTIMIZERS),
         "attention": one_of(("auto", *attention.BACKENDS)),
@@ -249,10 +254,10 @@ def _check_models(c: ConfigDict) -> None:
         raise_invalid(c, "dit.width", f"an even multiple of dit.heads={c.dit.heads}")
     since = f"since dit.objective is {c.dit.objective}"
     if c.dit.objective == "ddpm":
-        if c.dit.prediction != "velocity":
-            raise_invalid(c, "dit.prediction", f"velocity, {since}")
-        if c.dit.time_shift != 1:
-            raise_invalid(c, "dit.time_shift", f"1, {since}")
+        if c.dit.prediction not in ("auto", "velocity"):
+            raise_invalid(c, "dit.prediction", f"auto or velocity, {since}")
+        if c.dit.time_shift not in ("auto", 1):
+            raise_invalid(c, "dit.time_shift", f"auto or 1, {since}")
         if c.sample.steps > ddpm.N_STEPS:
             raise_invalid(c, "sample.steps", f"at most {ddpm.N_STEPS}, {since}")
     elif c.sample.ancestral:
@@ -321,22 +326,18 @@ def check_codes(c: ConfigDict, downsample: Sequence[int], source: str) -> None:
         raise_invalid(c, "dit.n_latent_frames", f"at most {most}")
 
 
-def dit_size(c: ConfigDict) -> tuple[int, int, int]:
-    """(depth, width, heads)."""
-    return dit.SIZES[c.dit.size] if c.dit.size else (c.dit.depth, c.dit.width, c.dit.heads)
-
-
 def _check_devices(c: ConfigDict, devices: Sequence[jax.Device]) -> None:
     kind = devices[0].platform
     fit = ["auto", *(name for name, on in attention.BACKENDS.items() if on in (None, kind))]
     if c.dit.attention not in fit:
         raise_invalid(c, "dit.attention", f"one of {', '.join(fit)} on a {kind}")
     shape = mesh_lib.make_mesh(c.mesh, devices).shape
-    _, _, heads = dit_size(c)
+    _, width, heads = networks.dit_size(c.dit)
     if "dit" in c.stages and heads % (shape["context"] * shape["tensor"]):
         raise ValueError(
             f"config.mesh.context={shape['context']}, config.mesh.tensor={shape['tensor']}: "
-            f"expected a product that divides the DiT's {heads} heads"
+            f"expected a product that divides the DiT's {heads} heads, of {width // heads} each; "
+            "dit.depth, dit.width and dit.heads, with dit.size empty, give others"
         )
     n_data = shape["data"] * shape["fsdp"]
     for part in ("vqvae", "dit"):

@@ -18,6 +18,8 @@ from opensora_jax.tasks.dit import Latents
 
 # CLIP's longest text, for configurations that leave the length to the data.
 _TEXT_LENGTH = 77
+# About what codebooks of 256 dimensions turn out to have.
+_COMPONENTS = 16
 
 
 def latent_grid(config: ConfigDict) -> tuple[int, int, int]:
@@ -42,11 +44,18 @@ def training(config: ConfigDict, platform: str | None = None) -> build.DiTTraini
     Args:
       platform: cpu, gpu or tpu, that it is to run on; None: what this process runs on.
     """
-    size = (config.vqvae.n_codes, config.vqvae.embedding_dim)
-    table = np.random.default_rng(0).standard_normal(size, np.float32)
+    channels = config.vqvae.embedding_dim
+    if config.dit.components == "auto":
+        channels = min(channels, _COMPONENTS)
+    elif config.dit.components:
+        channels = config.dit.components
+    size = (config.vqvae.n_codes, channels)
+    latents = Latents(np.random.default_rng(0).standard_normal(size, np.float32))
+    config = config.copy_and_resolve_references()
+    config.dit = build.choose(config.dit, latents)
     return build.dit_training(
         config,
-        Latents(table),
+        latents,
         grid=latent_grid(config),
         text_length=text_length(config),
         text_width=config.bench.text_width,

@@ -22,7 +22,7 @@ from opensora_jax.data.dataset import LatentDataset
 from opensora_jax.data.parts import TEXT
 from opensora_jax.diffusion import objectives
 from opensora_jax.inference.generator import DiTDescription, Generator
-from opensora_jax.tasks.dit import DiTTask, Latents
+from opensora_jax.tasks.dit import VARIANCE, DiTTask, Latents
 from opensora_jax.train import loop
 from opensora_jax.train.state import TrainState
 
@@ -48,8 +48,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
       ValueError: the folder holds the training of another model, or sizes or `dit.init_from` do
         not fit.
     """
-    c = config.dit
     folder = epath.Path(workdir) / "dit"
+    config = config.copy_and_resolve_references()
+    begun = (folder / checkpoint.MODEL_FILE).exists()
+    if begun:
+        config.dit = build.adopt(config.dit, checkpoint.read_model(folder))
+    c = config.dit
     if build.is_trained(folder, c.steps):
         _expect_same_model(c, folder)
         logger.info("dit: %s: done already", folder)
@@ -59,9 +63,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
     text_length = c.text_length or int(data.index.text_lengths.max())
     rows, validation_rows = _usable_rows(data, n_frames, c.validation_share)
     grid = (n_frames, *data.grid)
+    latents = _latents(c, data, folder if begun else None)
+    c = config.dit = build.choose(c, latents, data.code_counts)
     training = build.dit_training(
         config,
-        Latents.normalized(data.codebook, data.code_counts, c.components),
+        latents,
         grid=grid,
         text_length=text_length,
         text_width=data.metadata["text_width"],
@@ -132,6 +138,31 @@ def _expect_same_model(c: ConfigDict, folder: epath.Path) -> None:
     files.expect_settings(
         folder / checkpoint.MODEL_FILE, settings, {name: found.get(name) for name in settings}
     )
+
+
+def _latents(c: ConfigDict, data: LatentDataset, begun: epath.Path | None) -> Latents:
+    """Those of `config.dit` c, or of the training that was begun in a folder, if it fits.
+
+    Raises:
+      ValueError: it has other components than c asks for.
+    """
+    if begun is not None:
+        found = DiTDescription.read(begun).latents
+        if c.components not in ("auto", 0, found.channels):
+            raise ValueError(
+                f"{begun / checkpoint.MODEL_FILE}: made with other settings: "
+                f"components={c.components}, there {found.channels}. Use another folder, or remove "
+                "this one"
+            )
+        if c.components and len(found.table) == len(data.codebook):
+            return found
+    latents = Latents.normalized(data.codebook, data.code_counts, c.components)
+    if c.components == "auto":
+        logger.info(
+            "dit.components: %d of %d hold %.0f%% of the variance of the embeddings",
+            *(latents.channels, data.codebook.shape[1], 100 * VARIANCE),
+        )
+    return latents
 
 
 def _usual_frames(data: LatentDataset, folder: epath.Path) -> int:

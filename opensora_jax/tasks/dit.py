@@ -17,6 +17,8 @@ from opensora_jax.models.dit import PLAIN, DiT, DiTConfig, Execution
 
 # Where validation measures the loss: losses look flat over training when levels are mixed.
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+# What principal components are to hold of the embeddings' variance.
+VARIANCE = 0.99
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,33 +33,52 @@ class Latents:
 
     @classmethod
     def normalized(
-        cls, codebook: np.ndarray, code_counts: np.ndarray, components: int = 0
+        cls, codebook: np.ndarray, code_counts: np.ndarray, components: int | str = 0
     ) -> "Latents":
         """Embeddings of mean 0 and variance 1 over the data's codes.
 
-        Each channel is brought to variance 1. With `components`, these channels then are the first
-        principal components of that, scaled alike to a variance of 1 in the mean: a codebook lies
-        in few of its dimensions, and noise in the others only hides how noisy a latent is.
+        Each channel is brought to variance 1. With `components`, the channels then are the first
+        principal components of these, scaled alike to a variance of 1 in the mean: a codebook lies
+        in few of its dimensions, and in the others noise is all there is.
 
         Args:
           codebook: (n_codes, dim) float32.
           code_counts: (n_codes,), how often each code occurs in the data.
-          components: channels to keep; 0: all, as they are.
+          components: channels to keep; "auto": as many as hold `VARIANCE` of the variance; 0: all,
+            as they are.
         """
         share = (code_counts / code_counts.sum())[:, None]
         mean = (codebook * share).sum(axis=0)
         std = np.sqrt((((codebook - mean) ** 2) * share).sum(axis=0))
-        table = (codebook - mean) / np.maximum(std, 1e-6)
-        if components:
-            import os
-
-            variance, directions = np.linalg.eigh((table * share).T @ table)
-            table = table @ directions[:, ::-1][:, :components]
-            ev = variance[::-1][:components]
-            p = float(os.environ.get("WHITEN", "0"))
-            table = table / ev ** (p / 2)
+        table = np.asarray((codebook - mean) / np.maximum(std, 1e-6), np.float64)
+        variance, directions = np.linalg.eigh((table * share).T @ table)
+        variance, directions = np.maximum(variance[::-1], 0), directions[:, ::-1]
+        if components == "auto":
+            held = np.cumsum(variance) / variance.sum()
+            components = int(np.searchsorted(held, VARIANCE)) + 1
+        if 0 < components < table.shape[1]:
+            table = table @ directions[:, :components]
             table /= np.sqrt((table**2 * share).sum() / components)
         return cls(np.asarray(table, np.float32))
+
+    def hidden_level(self, code_counts: np.ndarray, n: int = 512) -> float:
+        """The level t of noise at which the nearest code of (1 - t) x + t noise is right half the
+        time, x being the embeddings of the data's codes: measured on `n` of them."""
+        rng = np.random.default_rng(0)
+        codes = rng.choice(len(self.table), n, p=code_counts / code_counts.sum())
+        clean, noise = self.table[codes], rng.standard_normal((n, self.channels), np.float32)
+        half_norm = (self.table**2).sum(axis=1) / 2
+
+        def share_right(t):
+            # Nearest among the shrunken codes, which is as near as noise lets one tell.
+            scores = (clean + t / (1 - t) * noise) @ self.table.T - half_norm
+            return (scores.argmax(axis=1) == codes).mean()
+
+        low, high = 0.0, 1.0
+        for _ in range(8):
+            middle = (low + high) / 2
+            low, high = (middle, high) if share_right(middle) > 0.5 else (low, middle)
+        return low
 
     @property
     def channels(self) -> int:
