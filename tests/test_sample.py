@@ -162,11 +162,25 @@ def test_prompts_of_a_file_at_another_size_and_rate(workdir, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa red circle\n\n  a circle  \n".encode())
     output = tmp_path / "new" / "out.gif"
     prompts = f"--prompts_file={tmp_path / 'prompts.txt'}"
-    sample.main([f"--workdir={workdir}", prompts, f"--output={output}", "--height=24", "--fps=4"])
+    sample.main([f"--workdir={workdir}", prompts, f"--output={output}", "--height=8", "--fps=4"])
     written = sorted(output.parent.iterdir())
     assert [path.name for path in written] == ["out-00.gif", "out-01.gif"]
     info = video_io.probe(written[0])
-    assert (info.height, info.width) == (24, 16)
+    assert (info.height, info.width) == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("argument", "most"), [("--frames=16", 8), ("--height=24", 16), ("--width=32", 16)]
+)
+def test_sizes_beyond_the_training_are_refused(workdir, tmp_path, capsys, argument, most):
+    argv = [f"--workdir={workdir}", "--prompt=red", f"--output={tmp_path / 'out.mp4'}", argument]
+    message = error_of(capsys, *argv)
+    assert argument.removeprefix("--") in message
+    assert (
+        f"trained on 8 frames of 16 x 16 and knows no positions beyond: expected at most {most}"
+        in message
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def error_of(capsys, *argv):

@@ -147,7 +147,8 @@ class Generator:
         """The latents (t, h, w) of a video of this size; None stands for the training size.
 
         Raises:
-          ValueError: a size that is no multiple of downsampling (and patch).
+          ValueError: a size that is no multiple of downsampling (and patch), or larger than what the
+            model was trained on.
         """
         d = self._description
         grid = list(d.latent_grid)
@@ -158,6 +159,12 @@ class Generator:
             factor = d.downsample[i] * (d.dit.patch if i else 1)
             if size < 1 or size % factor:
                 raise ValueError(f"{name}={size}: expected a positive multiple of {factor}")
+            if size // d.downsample[i] > grid[i]:
+                t, h, w = (n * k for n, k in zip(d.latent_grid, d.downsample, strict=True))
+                raise ValueError(
+                    f"{name}={size}: this model was trained on {t} frames of {h} x {w} and knows no "
+                    f"positions beyond: expected at most {grid[i] * d.downsample[i]}"
+                )
             grid[i] = size // d.downsample[i]
         return tuple(grid)
 
