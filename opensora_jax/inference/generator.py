@@ -147,8 +147,8 @@ class Generator:
         """The latents (t, h, w) of a video of this size; None stands for the training size.
 
         Raises:
-          ValueError: a size that is no multiple of downsampling (and patch), or larger than what the
-            model was trained on.
+          ValueError: a size that is no multiple of downsampling (and patch), or that the model was
+            not trained up to.
         """
         d = self._description
         grid = list(d.latent_grid)
@@ -162,8 +162,8 @@ class Generator:
             if size // d.downsample[i] > grid[i]:
                 t, h, w = (n * k for n, k in zip(d.latent_grid, d.downsample, strict=True))
                 raise ValueError(
-                    f"{name}={size}: this model was trained on {t} frames of {h} x {w} and knows no "
-                    f"positions beyond: expected at most {grid[i] * d.downsample[i]}"
+                    f"{name}={size}: this model was trained on {t} frames of {h} x {w} and knows "
+                    f"no positions beyond: expected at most {grid[i] * d.downsample[i]}"
                 )
             grid[i] = size // d.downsample[i]
         return tuple(grid)
