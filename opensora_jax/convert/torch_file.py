@@ -66,8 +66,11 @@ TENSOR_DTYPES = {
     "torch.uint32": np.uint32,
     "torch.uint64": np.uint64,
 }
-MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+MAX_HEADER = 2**20  # bytes of a safetensors file's JSON; longer ones of more data than that
 MAX_INFLATION = 100  # weights never compress so well; a zip bomb does
+# Bytes in memory that a file may make: what is inflated, byte-swapped, or repeated by tensors.
+MAX_MADE = 2**25
+MADE_A_BYTE = 8
 MAX_AXES = 64  # of a numpy array
 MAX_EXPANDED = 2**24  # elements of an expanded tensor, which repeats those of its storage
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -113,8 +116,10 @@ def load(path: epath.PathLike) -> Any:
 
 def _load_safetensors(data: np.ndarray) -> dict[str, np.ndarray]:
     size = int.from_bytes(data[:8].tobytes(), "little")
-    if size > min(MAX_HEADER, len(data) - 8):
+    if size > len(data) - 8:
         raise TorchFileError(f"header of {size} bytes in a file of {len(data)}; truncated?")
+    if size > max(MAX_HEADER, len(data) // 20):
+        raise TorchFileError(f"header of {size} bytes in a file of {len(data)}: too long for it")
     try:
         header = json.loads(data[8 : 8 + size].tobytes())
     except (ValueError, RecursionError) as error:
@@ -158,6 +163,7 @@ class _Storage:
 
     data: np.ndarray
     dtype: np.dtype | None
+    key: str = ""
 
 
 class _Archive:
@@ -172,6 +178,8 @@ class _Archive:
             raise TorchFileError("a zip file without a data.pkl; torch.save did not write it")
         self.folder = pickles[0].removesuffix("data.pkl")
         self.storages: dict[str, np.ndarray] = {}
+        self.swapped: dict[tuple[str, int, int], np.ndarray] = {}
+        self.made = MAX_MADE + MADE_A_BYTE * len(data)
         order = b"little"
         if f"{self.folder}byteorder" in self.members:
             order = self.read("byteorder").tobytes()
@@ -185,7 +193,13 @@ class _Archive:
             "torch._utils._rebuild_tensor_v3": self.tensor_v3,
             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
         }
-        return unpickle.unpickle(self.read("data.pkl").tobytes(), calls, self.storage)
+        pickled = self.read("data.pkl").tobytes()
+        return unpickle.unpickle(pickled, calls, self.storage, len(self.data))
+
+    def charge(self, n_bytes: int, what: str) -> None:
+        self.made -= n_bytes
+        if self.made < 0:
+            raise TorchFileError(f"{what}: makes more in memory than its file has reason to")
 
     def read(self, name: str) -> np.ndarray:
         """The bytes of a member, in place where they are stored uncompressed."""
@@ -208,6 +222,7 @@ class _Archive:
             raise TorchFileError(
                 f"{shown}: {info.compress_size} bytes would inflate to {info.file_size}"
             )
+        self.charge(info.file_size, shown)
         return np.frombuffer(self.archive.read(info), np.uint8)
 
     def storage(self, pid: Any) -> _Storage:
@@ -227,18 +242,20 @@ class _Archive:
             raise TorchFileError(
                 f"storage {short(key)}: {len(self.storages[key])} bytes, expected {short(n_bytes)}"
             )
-        return _Storage(self.storages[key][:n_bytes], dtype)
+        return _Storage(self.storages[key][:n_bytes], dtype, key)
 
     def tensor_v3(self, storage, offset, size, stride, grad, hooks, dtype: Global, *_):
         if dtype.name not in TENSOR_DTYPES:
             raise TorchFileError(f"unknown type of tensor: {short(dtype.name)}")
-        storage = _Storage(storage.data, TENSOR_DTYPES[dtype.name])
+        storage = _Storage(storage.data, TENSOR_DTYPES[dtype.name], storage.key)
         return self.tensor(storage, offset, size, stride)
 
     def tensor(self, storage: _Storage, offset: int, size: tuple, stride: tuple, *_) -> np.ndarray:
         """torch._utils._rebuild_tensor_v2: a strided view of a storage (units: elements)."""
         if not (isinstance(size, tuple) and isinstance(stride, tuple)) or len(size) > MAX_AXES:
             raise TorchFileError(f"a tensor whose size is no tuple of at most {MAX_AXES}")
+        if len(stride) != len(size):
+            raise TorchFileError(f"a tensor of {len(size)} axes and {len(stride)} strides")
         if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
             raise TorchFileError("a tensor whose offset, size or stride is no natural number")
         dtype = np.dtype(storage.dtype)
@@ -253,10 +270,16 @@ class _Archive:
             raise TorchFileError(
                 f"a tensor of {short(count)} elements in a storage of {n_elements}"
             )
+        if count > n_elements:  # whoever takes it as its own array makes that of it
+            self.charge(count * dtype.itemsize, "a tensor")
         data = storage.data
         if self.is_big_endian:
             part = dtype.itemsize // (2 if dtype.kind == "c" else 1)
-            data = data.view(f"u{part}").byteswap().view(np.uint8)
+            known = storage.key, part, len(data)
+            if known not in self.swapped:
+                self.charge(len(data), f"storage {short(storage.key)}")
+                self.swapped[known] = data.view(f"u{part}").byteswap().view(np.uint8)
+            data = self.swapped[known]
         # The stride of an axis of one element has no meaning and may be anything.
         strides = [s * dtype.itemsize if n > 1 else 0 for n, s in zip(size, stride, strict=True)]
         return np.ndarray(size, dtype, data, offset * dtype.itemsize, strides)

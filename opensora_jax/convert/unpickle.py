@@ -48,7 +48,15 @@ class Placeholder:
         return f"Placeholder({self.name!r})"
 
 
-# Plain values that a pickle can only spell as a call; none of these runs code of the file.
+# Opcodes that a pickle may have, and what else takes as much time or memory (objects with
+# attributes, elements that are copied): so many, and one more for each 64 bytes of its file.
+MOST_WORK = 250_000
+BYTES_A_UNIT = 64
+MOST_BITS = 256  # of an integer
+LONGEST_KEY = 10_000  # characters
+
+# Plain values that a pickle can only spell as a call; none of these runs code of the file. What
+# they copy, of something that a pickle may name again and again in two bytes, is counted.
 CALLS: dict[str, Callable] = {
     "collections.OrderedDict": lambda pairs=(): OrderedDict(
         (_key(key), value) for key, value in _plain(pairs, list | tuple)
@@ -66,20 +74,28 @@ CALLS: dict[str, Callable] = {
 PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
-def unpickle(data: bytes, calls: dict[str, Callable], persistent_load: Callable[[Any], Any]) -> Any:
+def unpickle(
+    data: bytes,
+    calls: dict[str, Callable],
+    persistent_load: Callable[[Any], Any],
+    file_size: int | None = None,
+) -> Any:
     """The object that the pickle `data`, of any protocol, describes.
 
     Args:
       data: the pickle.
+      file_size: bytes of the file that it is in, by which its work is bounded; None: its own.
       calls: `module.name` -> our function for it; with `CALLS` the only ones that are called.
       persistent_load: our function for a persistent id (PyTorch's: a storage).
 
     Raises:
       TorchFileError: malformed, or a call of anything else, which the message names.
     """
-    machine = _Machine({**CALLS, **calls}, persistent_load)
+    size = len(data) if file_size is None else file_size
+    machine = _Machine({**CALLS, **calls}, persistent_load, MOST_WORK + size // BYTES_A_UNIT)
     try:
         for opcode, argument, _ in pickletools.genops(data):
+            machine.charge(1)
             if opcode.name == "STOP":
                 return machine.pop()
             if opcode.name not in _OPCODES:
@@ -99,11 +115,18 @@ _MARK = object()
 class _Machine:
     """The stack machine of the pickle protocol, one method for each way to change its stack."""
 
-    def __init__(self, calls: dict[str, Callable], persistent_load: Callable[[Any], Any]):
-        self.calls = calls
+    def __init__(
+        self, calls: dict[str, Callable], persistent_load: Callable[[Any], Any], work: int
+    ):
+        self.calls, self.work = calls, work
         self.persistent_load = persistent_load
         self.stack: list = []
         self.memo: dict[int, Any] = {}
+
+    def charge(self, units: int) -> None:
+        self.work -= units
+        if self.work < 0:
+            raise TorchFileError("pickle: takes more time or memory than its file has reason to")
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -146,7 +169,13 @@ class _Machine:
         name = _plain(function, Global).name
         if name not in self.calls:
             raise TorchFileError(f"pickle: refuses to call {short(name)}")
-        self.push(self.calls[name](*_plain(args, tuple)))
+        self.charge(4 + len(_plain(args, tuple)))
+        for value in args[:2]:  # what is copied
+            if isinstance(value, list | tuple):
+                self.charge(len(value))
+            elif isinstance(value, str):
+                self.charge(len(value) // 32)
+        self.push(self.calls[name](*args))
 
     def build(self) -> None:
         state = self.pop()
@@ -177,6 +206,8 @@ def _key(value: Any) -> Any:
     if len(parts) > 8:
         raise ValueError(f"a tuple of {len(parts)} as a key")
     for part in parts:
+        if isinstance(part, str | bytes) and len(part) > LONGEST_KEY:
+            raise ValueError(f"a key of {len(part)} characters")
         if type(part) not in (str, int, float, bool, bytes, NoneType, Global):
             raise TypeError(f"{type(part).__name__} as a key")
         if isinstance(part, int) and part.bit_length() > 64:
@@ -201,12 +232,19 @@ def _new(cls: Any, args: Any) -> Any:
 
 
 def _push(machine: _Machine, argument: Any) -> None:
+    if isinstance(argument, int) and argument.bit_length() > MOST_BITS:
+        raise TorchFileError(f"pickle: an integer of {argument.bit_length()} bits")
     machine.push(argument)
+
+
+def _new_object(machine: _Machine) -> None:
+    machine.charge(4)
+    machine.push(_new(*machine.pop_many(2)))
 
 
 # What each opcode does, given the machine and the argument that stands in the pickle.
 _OPCODES: dict[str, Callable[[_Machine, Any], Any]] = {
-    # No LONG4: all numbers are short enough to be told in an error.
+    # No LONG4, which numbers need that are too long for us.
     **dict.fromkeys(["INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1"], _push),
     **dict.fromkeys(["FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING"], _push),
     **dict.fromkeys(["UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"], _push),
@@ -240,7 +278,7 @@ _OPCODES: dict[str, Callable[[_Machine, Any], Any]] = {
     "GLOBAL": lambda m, name: m.push(_global(*name.split(" ", 1))),
     "STACK_GLOBAL": lambda m, _: m.push(_global(*m.pop_many(2))),
     "REDUCE": lambda m, _: m.call(),
-    "NEWOBJ": lambda m, _: m.push(_new(*m.pop_many(2))),
+    "NEWOBJ": lambda m, _: _new_object(m),
     "BUILD": lambda m, _: m.build(),
     "PERSID": lambda m, pid: m.push(m.persistent_load(pid)),
     "BINPERSID": lambda m, _: m.push(m.persistent_load(m.pop())),
