@@ -100,9 +100,13 @@ stop() {
 # Of the run on each worker: done, running, stopped (before its end), not running, or failed.
 progress() {
   remote 'if [ -f run.status ]; then
-      if [ "$(cat run.status)" != 0 ]; then echo "failed with $(cat run.status), see run.log"
-      elif grep -q "all stages done" run.log; then echo done
-      else echo stopped; fi
+      status=$(cat run.status)
+      # 75 and 134: another process died; 137 and 143: this one was killed.
+      case $status in
+        0) if grep -q "all stages done" run.log; then echo done; else echo stopped; fi ;;
+        75 | 134 | 137 | 143) echo "stopped with $status" ;;
+        *) echo "failed with $status, see run.log" ;;
+      esac
     elif [ -f run.pid ] && kill -0 $(cat run.pid) 2>/dev/null; then echo running
     else echo "not running"; fi'
 }

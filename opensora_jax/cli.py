@@ -5,11 +5,13 @@ ml_collections reads by flags of absl's.
 """
 
 import argparse
+import contextlib
 import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ USER_ERRORS = (
 def run(main: Callable[[], None]) -> None:
     """Runs a command. Errors that its user can mend become one line and exit status 1."""
     try:
-        main()
+        with _telling_peers():
+            main()
         sys.stdout.flush()  # here, and not at exit, a reader that has gone away is noticed
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
@@ -42,6 +45,26 @@ def run(main: Callable[[], None]) -> None:
     except USER_ERRORS as error:
         logger.debug("stopped", exc_info=True)
         sys.exit(f"error: {_one_line(error)}")
+
+
+@contextlib.contextmanager
+def _telling_peers() -> Iterator[None]:
+    """Says to the other processes of a run, if there are any, how this one ends."""
+    try:
+        yield
+    except Exception as error:
+        peers = sys.modules.get("opensora_jax.peers")
+        if peers is None or not peers.failed(error):
+            raise
+        # At once: the usual way would wait for the others.
+        if isinstance(error, USER_ERRORS):
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    if "opensora_jax.peers" in sys.modules:
+        sys.modules["opensora_jax.peers"].done()
 
 
 def parser(description: str, *, prog: str | None = None) -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opensora_jax"
 
-BASE = {"process", "mesh", "rngs", "files", "hardware", "runtime", "lock"}
+BASE = {"process", "mesh", "rngs", "files", "hardware", "runtime", "lock", "peers"}
 LIBRARY = {"models", "diffusion", "data", "convert", "metrics"}
 COMMANDS = {"main", "sample", "bench", "plan"}
 # Every module and folder of the package, and the others that it may import.
@@ -19,7 +19,8 @@ ROOMS: dict[str, set[str]] = {
     "files": set(),
     "hardware": set(),
     "mesh": set(),
-    "runtime": {"files"},
+    "peers": set(),
+    "runtime": {"files", "peers"},
     "lock": {"files", "runtime"},
     "models": BASE,
     "diffusion": BASE,

@@ -41,7 +41,7 @@ trap 'echo stopped; exit 143' TERM
 sleep "${RUN_SECONDS:-0}" & wait $!
 runs=$(cat ../runs 2>/dev/null)x
 echo "$runs" > ../runs
-[ "$runs" != "${INTERRUPTED_RUN:-}" ] || exit 0
+[ "$runs" != "${INTERRUPTED_RUN:-}" ] || exit "${INTERRUPTED_STATUS:-0}"
 echo all stages done
 exit "${RUN_STATUS:-0}"
 """
@@ -132,8 +132,11 @@ def test_keep_begins_anew_after_a_preemption_and_ends_with_an_error(tpu):
     assert [call for call in calls if call != "describe"] == ["delete", "create"]
 
 
-def test_keep_goes_on_after_a_run_that_was_stopped_before_its_end(tpu):
-    done = launch(tpu, "keep", "mine", "v6e-16", "--config=c", INTERRUPTED_RUN="x")
+@pytest.mark.parametrize("status", ["0", "75", "134", "137"])
+def test_keep_goes_on_after_a_run_that_was_stopped_before_its_end(tpu, status):
+    """By a signal, or since another process died."""
+    interrupted = {"INTERRUPTED_RUN": "x", "INTERRUPTED_STATUS": status}
+    done = launch(tpu, "keep", "mine", "v6e-16", "--config=c", **interrupted)
     assert done.returncode == 0, done.stderr
     assert (tpu / "0/runs").read_text() == (tpu / "1/runs").read_text() == "xx\n"
 
