@@ -119,8 +119,7 @@ def get_config() -> ConfigDict:
     # Of flow, what the network gives: velocity, or data (the clean latents, from which the velocity
     # follows). auto: data where a token holds as many numbers as the network is wide.
     c.dit.prediction = "auto"
-    # Of flow; above 1: more of the noisy times, for large grids or patches. auto: by how much noise
-    # it takes to hide a code of this codebook.
+    # Of flow; above 1: more of the noisy times. auto: by how much noise it takes to hide a token.
     c.dit.time_shift = FieldReference("auto", field_type=object)
     c.dit.validation_share = 0.02  # share of the videos held back to measure the loss on
     c.dit.batch_size = 256  # examples a step, over all devices

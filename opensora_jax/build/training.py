@@ -112,7 +112,9 @@ def choose(c: ConfigDict, latents: Latents, code_counts: np.ndarray | None = Non
 
     The prediction is the velocity, which contains the noise, unless a token holds as many numbers
     as the network is wide: then not all of the noise could pass through it (arXiv:2511.13720). The
-    shift of times puts the middle of the levels where noise begins to hide the codes.
+    shift of times puts the middle of the levels where noise hides half of the codes, or further: of
+    n numbers that say the same, noise sqrt(n) times as large is needed to hide it, and half of that
+    is where samples turned out best (docs/performance.md).
 
     Args:
       code_counts: (n_codes,); None: not known, so that nothing can be measured.
@@ -138,13 +140,14 @@ def choose(c: ConfigDict, latents: Latents, code_counts: np.ndarray | None = Non
             *(numbers, width, width, 100 * (1 - width / numbers)),
         )
     if c.time_shift == "auto":
-        shift = 1.0
+        shift = max(1.0, math.sqrt(numbers) / 2)
         if code_counts is not None:
             level = latents.hidden_level(code_counts)
-            shift = round(max(1.0, level / (1 - level)), 2)
+            shift = round(max(shift, level / (1 - level)), 2)
             logger.info(
-                "dit.time_shift: %.2f, as half of the codes are hidden at the noise level %.2f",
-                *(shift, level),
+                "dit.time_shift: %.2f, for tokens of %d numbers; half of the codes alone are hidden "
+                "at the noise level %.2f",
+                *(shift, numbers, level),
             )
         with c.ignore_type():
             c.time_shift = shift

@@ -60,12 +60,12 @@ def test_what_is_chosen_is_told_with_its_figures(caplog):
     latents = Latents.normalized(table, counts)
     chosen = build.choose(config(patch=2, components=0), latents, counts)
     assert chosen.prediction == "data"
-    assert chosen.time_shift > 2
+    assert chosen.time_shift == 16  # half the root of 1024
     assert "data, for tokens of 1024 numbers in a network of width 768" in caplog.text
-    assert f"time_shift: {chosen.time_shift:.2f}, as half of the codes are hidden at" in caplog.text
+    assert "time_shift: 16.00, for tokens of 1024 numbers; half of the codes alone" in caplog.text
     few = Latents.normalized(*codebook(2048, 256, rank=4), "auto")
     chosen = build.choose(config(patch=2), few, counts)
-    assert (chosen.prediction, chosen.time_shift) == ("velocity", 1.0)
+    assert (chosen.prediction, chosen.time_shift) == ("velocity", max(1, few.channels**0.5))
 
 
 def test_what_cannot_represent_its_target_is_told(caplog):
