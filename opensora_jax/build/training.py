@@ -145,8 +145,8 @@ def choose(c: ConfigDict, latents: Latents, code_counts: np.ndarray | None = Non
             level = latents.hidden_level(code_counts)
             shift = round(max(shift, level / (1 - level)), 2)
             logger.info(
-                "dit.time_shift: %.2f, for tokens of %d numbers; half of the codes alone are hidden "
-                "at the noise level %.2f",
+                "dit.time_shift: %.2f, for tokens of %d numbers; half of the codes alone are "
+                "hidden at the noise level %.2f",
                 *(shift, numbers, level),
             )
         with c.ignore_type():
