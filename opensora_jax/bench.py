@@ -132,9 +132,11 @@ class Bench:
         )
 
 
-def _ones(x: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
-    """An array of this shape and sharding; a key as it is."""
-    return x if isinstance(x, jax.Array) else jnp.ones(x.shape, x.dtype, device=x.sharding)
+def _ones(x: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of this shape and sharding, or a key."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.device_put(rngs.key(0, "bench"), x.sharding)
+    return jnp.ones(x.shape, x.dtype, device=x.sharding)
 
 
 def table(m: Measurement) -> str:

@@ -20,7 +20,7 @@ class Program(NamedTuple):
     """A compiled function of (averaged weights, *args).
 
     Attributes:
-      args: shapes of the others, with their shardings; or a key.
+      args: shapes of the others, with their shardings.
     """
 
     function: Any
@@ -34,7 +34,10 @@ def evaluation(config: ConfigDict, training: DiTTraining, mesh: Mesh) -> Program
     """The validation losses of one batch, in the microbatches of the training."""
     step = functools.partial(training.task.eval_step, accumulate=config.dit.accumulate)
     batch = _sharded(synthetic.batch_shapes(config), mesh)
-    return Program(jax.jit(step), (batch, rngs.key(0, "validation")))
+    # Its shape alone: the devices of the mesh may not be there to hold it.
+    key = jax.eval_shape(lambda: rngs.key(0, "validation"))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=mesh_lib.replicated(mesh))
+    return Program(jax.jit(step), (batch, key))
 
 
 def sampling(config: ConfigDict, training: DiTTraining, mesh: Mesh) -> Program:

@@ -1,0 +1,229 @@
+"""Kills a job again and again, and compares what it leaves with one that nobody disturbed.
+
+    python benchmarks/soak.py --kills=100 --workdir=runs/soak
+
+The quickstart at toy size, all stages. A signal (SIGKILL, SIGTERM, SIGINT, or SIGSTOP and then
+SIGCONT or SIGKILL) comes at a random moment of its life, and the same command is run again, until
+it is done; then another begins, until there were so many kills. Numbers of the logs, bytes of the
+dataset and of the videos, arrays of the checkpoints and the best loss must be the same, and nothing
+left over.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from opensora_jax import files  # noqa: E402
+
+OVERRIDES = """
+    shapes.n_videos=48 shapes.n_held_out=8
+    vqvae.n_codes=16 vqvae.n_hiddens=8 vqvae.n_res_layers=0
+    vqvae.steps=60 vqvae.log_every=5 vqvae.eval_every=20 vqvae.checkpoint_every=5
+    preprocess.videos_per_part=4 preprocess.batch_size=4
+    dit.depth=1 dit.width=16 dit.heads=1 dit.unroll=1 dit.batch_size=8 dit.validation_share=0.2
+    dit.steps=60 dit.log_every=5 dit.eval_every=10 dit.checkpoint_every=5
+    sample.steps=2 fidelity.n_samples=24
+"""
+SIGNALS = {
+    "SIGKILL": (signal.SIGKILL,),
+    "SIGTERM": (signal.SIGTERM,),
+    "SIGINT": (signal.SIGINT,),
+    "SIGSTOP, SIGCONT, SIGTERM": (signal.SIGSTOP, signal.SIGCONT, signal.SIGTERM),
+    "SIGSTOP, SIGKILL": (signal.SIGSTOP, signal.SIGKILL),
+}
+# What each may end with: a command that is done ends with 0.
+STATUSES = {"SIGKILL": {-9}, "SIGINT": {130}, "SIGSTOP, SIGKILL": {-9}}
+TIMES = ("tokens_per_second", "data_wait_share", "evaluation_seconds", "tflops_per_device", "mfu")
+HANGS = 600  # seconds
+
+
+def start(workdir: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "opensora_jax.main", "--config=configs/quickstart.py"),
+            *(f"--workdir={workdir}", *(f"--config.{field}" for field in OVERRIDES.split())),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen) -> str:
+    """Waits for it; what it said."""
+    try:
+        return process.communicate(timeout=HANGS)[1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return f"hung for {HANGS} s\n{process.communicate()[1]}"
+
+
+def stage_of(workdir: Path) -> str:
+    """What it is at, by what is there."""
+    for name, mark in (
+        ("report", "fidelity.json"),
+        ("fidelity", "dit/done.json"),
+        ("dit", "dit/model.json"),
+        ("preprocess", "dataset/metadata.json"),
+        ("preprocess", "vqvae/done.json"),
+        ("vqvae", "vqvae/model.json"),
+    ):
+        if (workdir / mark).exists():
+            return name
+    return "shapes"
+
+
+def disturb(workdir: Path, name: str, seconds: float) -> tuple[str, str | None]:
+    """Runs the job and sends it signals after so long; (stage, what was wrong with its end).
+
+    The stage is empty where the job was done before.
+    """
+    process = start(workdir)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=seconds)
+    if process.poll() is not None:
+        said = end(process)
+        return "", None if process.returncode == 0 else f"ended by itself: {said[-500:]}"
+    stage = stage_of(workdir)
+    for number in SIGNALS[name]:
+        process.send_signal(number)
+        time.sleep(0.3 if len(SIGNALS[name]) > 1 else 0)
+    said = end(process)
+    if "Traceback" in said:
+        return stage, f"a traceback: {said[-1000:]}"
+    if process.returncode not in STATUSES.get(name, {0}) | {0}:
+        return stage, f"status {process.returncode}: {said[-500:]}"
+    return stage, None
+
+
+def result_of(workdir: Path) -> dict[str, Any]:
+    """What there is to compare, by name."""
+    found: dict[str, Any] = {}
+    for training in ("vqvae", "dit"):
+        numbers = collections.defaultdict(dict)
+        for line in (workdir / training / "metrics.jsonl").read_text().splitlines():
+            values = json.loads(line)
+            kept = {k: v for k, v in values.items() if k not in TIMES}
+            numbers[values["step"]].update(kept)
+        found[f"{training}: numbers"] = dict(numbers)
+        found[f"{training}: checkpoints"] = arrays(workdir / training / "checkpoints")
+        found[f"{training}: kept"] = folders(workdir / training / "checkpoints")
+    found["dit: best"] = arrays(workdir / "dit" / "best")
+    found["dataset"] = bytes_of(workdir / "dataset", "*", without=("metadata.json", ".lock"))
+    metadata = files.read_json(workdir / "dataset" / "metadata.json")
+    paths = ("command", "checksum", "vqvae", "text_model")
+    found["metadata"] = {k: v for k, v in metadata.items() if k not in paths}
+    for name in ("shapes", "dit/samples", "vqvae/samples"):
+        found[f"{name}: videos"] = bytes_of(workdir / name, "*.mp4")
+    fidelity = files.read_json(workdir / "fidelity.json")
+    found["fidelity"] = {k: v for k, v in fidelity.items() if k != "seconds"}
+    marks = (".tmp", ".orbax-checkpoint-tmp")
+    left = [path for path in workdir.rglob("*") if any(mark in path.name for mark in marks)]
+    found["left over"] = sorted(str(path.relative_to(workdir)) for path in left)
+    return found
+
+
+def folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def bytes_of(folder: Path, pattern: str, without: tuple[str, ...] = ()) -> dict[str, bytes]:
+    paths = [p for p in folder.rglob(pattern) if p.is_file() and p.name not in without]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    """All arrays of the last checkpoint."""
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    items = [p.name for p in (folder / str(step)).iterdir() if p.is_dir() and p.name != "about"]
+    found = {}
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        for item in items:
+            tree = reader.restore(epath.Path(folder / str(step) / item))
+            found |= {f"{item}: {k}": v for k, v in files_of(tree)}
+    return found
+
+
+def files_of(tree: Any) -> list[tuple[str, np.ndarray]]:
+    import jax
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    return a == b
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workdir", type=Path, required=True)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    os.environ |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    whole = args.workdir / "whole"
+    began = time.monotonic()
+    said = end(start(whole))
+    assert (whole / "report.html").exists(), said
+    length = time.monotonic() - began
+    expected = result_of(whole)
+    kills: collections.Counter = collections.Counter()
+    wrong: list[str] = []
+    run = 0
+    while kills.total() < args.kills:
+        run += 1
+        workdir = args.workdir / f"run{run}"
+        shutil.rmtree(workdir, ignore_errors=True)
+        while kills.total() < args.kills:
+            name = rng.choice(list(SIGNALS))
+            stage, problem = disturb(workdir, name, rng.uniform(1, 0.4 * length))
+            if problem:
+                wrong.append(f"run {run}, {stage}, {name}: {problem}")
+            if not stage:
+                break
+            kills[stage, name] += 1
+            print(f"{kills.total()}: run {run}, {stage}: {name}", file=sys.stderr, flush=True)
+        said = end(start(workdir))
+        if not (workdir / "report.html").exists():
+            wrong.append(f"run {run}: not done: {said[-500:]}")
+            continue
+        found = result_of(workdir)
+        differing = [key for key, value in expected.items() if not same(value, found[key])]
+        wrong += [f"run {run}: other {key}" for key in differing]
+        if not differing:
+            shutil.rmtree(workdir)
+    stages = [s for s in ("shapes", "vqvae", "preprocess", "dit", "fidelity", "report")]
+    print(f"| signal | {' | '.join(stages)} |\n| --- |{' ---: |' * len(stages)}")
+    for name in SIGNALS:
+        print(f"| {name} | {' | '.join(str(kills[stage, name]) for stage in stages)} |")
+    print(f"{kills.total()} kills in {run} runs; lost or different: {len(wrong)}")
+    print("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
