@@ -82,7 +82,7 @@ def dit_size(c: ConfigDict) -> tuple[int, int, int]:
     """(depth, width, heads) of `config.dit`.
 
     What starts from a checkpoint has its heads, the paper's. Others have heads of 128, which fill a
-    TPU's lanes and are as good (docs/performance.md).
+    TPU's lanes.
     """
     if not c.size:
         return c.depth, c.width, c.heads

@@ -148,13 +148,13 @@ def _latents(c: ConfigDict, data: LatentDataset, begun: epath.Path | None) -> La
     """
     if begun is not None:
         found = DiTDescription.read(begun).latents
-        if c.components not in ("auto", 0, found.channels):
+        asked = data.codebook.shape[1] if c.components == 0 else c.components
+        if asked not in ("auto", found.channels):
             raise ValueError(
                 f"{begun / checkpoint.MODEL_FILE}: made with other settings: "
-                f"components={c.components}, there {found.channels}. Use another folder, or remove "
-                "this one"
+                f"components={asked}, there {found.channels}. Use another folder, or remove it"
             )
-        if c.components and len(found.table) == len(data.codebook):
+        if len(found.table) == len(data.codebook):
             return found
     latents = Latents.normalized(data.codebook, data.code_counts, c.components)
     if c.components == "auto":
