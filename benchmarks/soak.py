@@ -46,8 +46,7 @@ SIGNALS = {
     "SIGSTOP, SIGCONT, SIGTERM": (signal.SIGSTOP, signal.SIGCONT, signal.SIGTERM),
     "SIGSTOP, SIGKILL": (signal.SIGSTOP, signal.SIGKILL),
 }
-# What each may end with: a command that is done ends with 0.
-STATUSES = {"SIGKILL": {-9}, "SIGINT": {130}, "SIGSTOP, SIGKILL": {-9}}
+STATUSES = {"SIGKILL": -9, "SIGINT": 130, "SIGSTOP, SIGKILL": -9}
 TIMES = ("tokens_per_second", "data_wait_share", "evaluation_seconds", "tflops_per_device", "mfu")
 HANGS = 600  # seconds
 
@@ -105,10 +104,17 @@ def disturb(workdir: Path, name: str, seconds: float) -> tuple[str, str | None]:
         process.send_signal(number)
         time.sleep(0.3 if len(SIGNALS[name]) > 1 else 0)
     said = end(process)
+    if said.startswith("hung"):
+        return stage, said[:1000]
     if "Traceback" in said:
         return stage, f"a traceback: {said[-1000:]}"
-    if process.returncode not in STATUSES.get(name, {0}) | {0}:
+    if "all stages done" in said and process.returncode == 0:
+        return stage, None  # the signal came too late
+    status = STATUSES.get(name, 0)
+    if process.returncode != status:
         return stage, f"status {process.returncode}: {said[-500:]}"
+    if status >= 0 and said.count("stopped by SIG") != 1:
+        return stage, f"not one line that says why it stopped: {said[-500:]}"
     return stage, None
 
 
@@ -116,12 +122,10 @@ def result_of(workdir: Path) -> dict[str, Any]:
     """What there is to compare, by name."""
     found: dict[str, Any] = {}
     for training in ("vqvae", "dit"):
-        numbers = collections.defaultdict(dict)
-        for line in (workdir / training / "metrics.jsonl").read_text().splitlines():
-            values = json.loads(line)
-            kept = {k: v for k, v in values.items() if k not in TIMES}
-            numbers[values["step"]].update(kept)
-        found[f"{training}: numbers"] = dict(numbers)
+        lines = (workdir / training / "metrics.jsonl").read_text().splitlines()
+        found[f"{training}: numbers"] = [
+            {k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines
+        ]
         found[f"{training}: checkpoints"] = arrays(workdir / training / "checkpoints")
         found[f"{training}: kept"] = folders(workdir / training / "checkpoints")
     found["dit: best"] = arrays(workdir / "dit" / "best")
@@ -149,21 +153,22 @@ def bytes_of(folder: Path, pattern: str, without: tuple[str, ...] = ()) -> dict[
 
 
 def arrays(folder: Path) -> dict[str, np.ndarray]:
-    """All arrays of the last checkpoint."""
+    """All arrays of the checkpoints."""
     import orbax.checkpoint as ocp
     from etils import epath
 
-    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    items = [p.name for p in (folder / str(step)).iterdir() if p.is_dir() and p.name != "about"]
     found = {}
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        for item in items:
-            tree = reader.restore(epath.Path(folder / str(step) / item))
-            found |= {f"{item}: {k}": v for k, v in files_of(tree)}
+        for step in (path for path in folder.iterdir() if path.name.isdigit()):
+            for item in (path for path in step.iterdir() if path.is_dir() and path.name != "about"):
+                tree = reader.restore(epath.Path(item))
+                # The best are numbered by how often there was a new one.
+                number = "" if folder.name == "best" else step.name
+                found |= {f"{number} {item.name}: {k}": v for k, v in leaves_of(tree)}
     return found
 
 
-def files_of(tree: Any) -> list[tuple[str, np.ndarray]]:
+def leaves_of(tree: Any) -> list[tuple[str, np.ndarray]]:
     import jax
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -187,6 +192,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     os.environ |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     whole = args.workdir / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
     began = time.monotonic()
     said = end(start(whole))
     assert (whole / "report.html").exists(), said
@@ -212,7 +218,11 @@ def main() -> None:
         if not (workdir / "report.html").exists():
             wrong.append(f"run {run}: not done: {said[-500:]}")
             continue
-        found = result_of(workdir)
+        try:
+            found = result_of(workdir)
+        except (OSError, ValueError) as error:
+            wrong.append(f"run {run}: lost: {error}")
+            continue
         differing = [key for key, value in expected.items() if not same(value, found[key])]
         wrong += [f"run {run}: other {key}" for key in differing]
         if not differing:
@@ -223,6 +233,7 @@ def main() -> None:
         print(f"| {name} | {' | '.join(str(kills[stage, name]) for stage in stages)} |")
     print(f"{kills.total()} kills in {run} runs; lost or different: {len(wrong)}")
     print("\n".join(wrong))
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":
