@@ -38,6 +38,10 @@ class _Watch:
         self._answered = time.monotonic()  # when the coordinator last did
         self._hosts: dict[int, str] = {}
         self._ended = threading.Event()
+        self.tell("0")
+        self._client.wait_at_barrier("opensora_jax/told", _END_SECONDS * 1000)
+        for key, value in self._client.key_value_dir_get(_KEY):
+            self._hosts[int(key.rpartition("/")[2])] = value.partition(" ")[0]
         for target in (self._beat, self._look):
             threading.Thread(target=target, daemon=True).start()
 
@@ -74,10 +78,10 @@ class _Watch:
             now = self._answered = time.monotonic()
             states = {int(key.rpartition("/")[2]): value for key, value in found}
             for other in others:
-                host, _, state = states.get(other, "").partition(" ")
-                host = self._hosts[other] = host or "a host that it has not told"
+                state = states.get(other, "").partition(" ")[2]
                 if counted[other][0] != state:
                     counted[other] = state, now
+                host = self._hosts[other]
                 if state.startswith("failed"):
                     _end(f"process {other} on {host} {state}")
                 if state != "done" and now - counted[other][1] > DEAD_SECONDS:
@@ -88,8 +92,7 @@ class _Watch:
     def _look(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             if time.monotonic() - self._answered > DEAD_SECONDS:
-                host = self._hosts.get(0, "the coordinator's host")
-                _end(f"process 0 on {host} has not answered for {DEAD_SECONDS:.0f} s")
+                _end(f"process 0 on {self._hosts[0]} has not answered for {DEAD_SECONDS:.0f} s")
 
 
 _watch: _Watch | None = None

@@ -211,10 +211,13 @@ class _Rows:
 
 def split_by_video(dataset: LatentDataset, share: float) -> tuple[np.ndarray, np.ndarray]:
     """(training rows, validation rows); about `share` of the videos, with all their captions,
-    are for validation, and the same ones every time, whichever others there are."""
+    are for validation: those of the smallest hashes of their names, so that few change where
+    videos are added."""
     hashes = dataset.index.video_hashes
     if len(hashes):
-        is_validation = (hashes < share * 2.0**64)[dataset.index.row_video]
+        names = np.unique(hashes)
+        n = round(share * len(names))
+        is_validation = (hashes <= names[n - 1] if n else hashes < 0)[dataset.index.row_video]
     else:
         is_validation = _is_validation_by_name(dataset, share)
     return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
