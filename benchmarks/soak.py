@@ -227,7 +227,7 @@ def main() -> None:
         wrong += [f"run {run}: other {key}" for key in differing]
         if not differing:
             shutil.rmtree(workdir)
-    stages = [s for s in ("shapes", "vqvae", "preprocess", "dit", "fidelity", "report")]
+    stages = ("shapes", "vqvae", "preprocess", "dit", "fidelity", "report")
     print(f"| signal | {' | '.join(stages)} |\n| --- |{' ---: |' * len(stages)}")
     for name in SIGNALS:
         print(f"| {name} | {' | '.join(str(kills[stage, name]) for stage in stages)} |")

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,18 @@ from opensora_jax import files, hardware
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.build import networks
 from opensora_jax.diffusion import objectives
+from opensora_jax.diffusion.objectives import Objective
 from opensora_jax.models import dit, flops
+from opensora_jax.models.dit import DiTConfig
 from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.tasks.vqvae import VQVAETask
 from opensora_jax.train import optim
 from opensora_jax.train.settings import LoopSettings, StepSettings, Throughput
 
 logger = logging.getLogger(__name__)
+
+# What the principal components that "auto" keeps hold of the embeddings' variance.
+VARIANCE = 0.99
 
 
 def vqvae_task(c: ConfigDict) -> VQVAETask:
@@ -92,19 +97,28 @@ class DiTTraining:
     throughput: Throughput
 
 
-def adopt(c: ConfigDict, found: Mapping[str, Any]) -> ConfigDict:
-    """`config.dit` c, of which what is left to choose is as in a model that was begun.
-
-    Args:
-      found: what model.json says of it.
-    """
+def adopt(c: ConfigDict, model: DiTConfig, objective: Objective) -> ConfigDict:
+    """`config.dit` c, of which what is left to choose is as in a model that was begun."""
     c = c.copy_and_resolve_references()
+    found = objectives.to_fields(objective)
     with c.ignore_type():  # of a number in the place of "auto"
         c.update({n: found[n] for n in ("prediction", "time_shift") if c[n] == "auto"})
-    there = found["dit"]
-    if c.size and dit.SIZES[c.size][:2] == (there["depth"], there["width"]):
-        c.update(size="", **{name: there[name] for name in ("depth", "width", "heads")})
+    if c.size and dit.SIZES[c.size][:2] == (model.depth, model.width):
+        c.update(size="", depth=model.depth, width=model.width, heads=model.heads)
     return c
+
+
+def latents(c: ConfigDict, codebook: np.ndarray, code_counts: np.ndarray) -> Latents:
+    """What `config.dit` c denoises of a codebook (n_codes, dim) whose codes occur so often."""
+    whole = Latents.normalized(codebook, code_counts)
+    n = c.components
+    if n == "auto":
+        n = whole.n_components(code_counts, VARIANCE)
+        logger.info(
+            "dit.components: %d of %d hold %.0f%% of the variance of the embeddings",
+            *(n, whole.channels, 100 * VARIANCE),
+        )
+    return whole.principal(code_counts, n) if 0 < n < whole.channels else whole
 
 
 def choose(c: ConfigDict, latents: Latents, code_counts: np.ndarray | None = None) -> ConfigDict:

@@ -9,8 +9,7 @@ import contextlib
 import functools
 import logging
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from opensora_jax import files, runtime
-from opensora_jax.checkpoint import checksums, record
+from opensora_jax.checkpoint import checksums, leftovers, quiet, record
 from opensora_jax.mesh import PyTree
 
 logger = logging.getLogger(__name__)
@@ -33,31 +32,11 @@ BEST = "best"
 # Fields of a configuration that decide which examples are in which batch.
 _ORDER = ("seed", "batch_size")
 
-_TEMPORARY = ".orbax-checkpoint-tmp"
 # Bytes that are on their way to the disk, by whose they are.
 _being_written: dict[int, int] = {}
 _ABOUT = "about"
 
-# Orbax also logs the traceback of what it raises, which ends here in one clear error.
-logging.getLogger("absl").addFilter(
-    lambda record: not (record.exc_info and "orbax" in record.pathname)
-)
-# And what became of each of its tasks.
-logging.getLogger("asyncio").addFilter(
-    lambda record: not (record.exc_info and "orbax" in record.getMessage())
-)
-
-
-def _without_closed_loops(hook: Callable[..., None]) -> Callable[..., None]:
-    def filtered(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    return filtered
-
-
-# What TensorStore's threads have to say, a hundred times, once Orbax gave a write up.
-sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+quiet.silence()
 
 
 class _SummingHandler(ocp.CompositeCheckpointHandler):
@@ -110,7 +89,7 @@ class Checkpoints:
         self._run = {"config": record.as_json(config or {}), "versions": record.versions()}
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            _remove_half_written(self._folder)
+            leftovers.remove_half_written(self._folder)
         self.latest_step = _last_whole(self._folder, put_aside=True, may_start_over=may_start_over)
         self._kept = sorted(ocp.utils.checkpoint_steps(self._folder))
         self._remove_old()  # the run before may have ended before it did
@@ -227,11 +206,11 @@ class Checkpoints:
         for step in removed:
             self._kept.remove(step)
             if jax.process_index() == 0:
-                _remove(self._folder / str(step))
+                leftovers.remove(self._folder / str(step))
 
     def _add_checksums(self) -> None:
         """Called by process 0 when all is written and, but on object stores, not yet renamed."""
-        temporary = self._folder / f"{self._writing}{_TEMPORARY}"
+        temporary = self._folder / f"{self._writing}{leftovers.TEMPORARY}"
         checksums.write(temporary if temporary.exists() else self._folder / str(self._writing))
 
     def _expect_room(self, items: Mapping[str, PyTree]) -> None:
@@ -346,23 +325,6 @@ def _last_whole(
         (folder / str(step)).rename(aside)
         logger.warning("%s: renamed to %s; going on without it", step, aside)
     return None if whole < 0 else whole
-
-
-def _remove(path: epath.Path) -> None:
-    """Removes a whole checkpoint; interrupted, it leaves none that looks like one."""
-    if not files.is_remote(path):
-        path = path.rename(path.with_name(f"{path.name}{_TEMPORARY}-removed"))
-    path.rmtree(missing_ok=True)
-
-
-def _remove_half_written(folder: epath.Path) -> None:
-    # Object stores have no empty folders.
-    for path in folder.iterdir() if folder.exists() else ():
-        # On object stores they have their names from the start, and a file when they are whole.
-        is_step = path.name.isdigit() and not ocp.utils.is_checkpoint_finalized(path)
-        if _TEMPORARY in path.name or is_step:
-            logger.warning("%s: a half-written checkpoint; removed", path)
-            path.rmtree()
 
 
 def _restore(

@@ -84,9 +84,9 @@ def unpickle(
 
     Args:
       data: the pickle.
-      file_size: bytes of the file that it is in, by which its work is bounded; None: its own.
       calls: `module.name` -> our function for it; with `CALLS` the only ones that are called.
       persistent_load: our function for a persistent id (PyTorch's: a storage).
+      file_size: bytes of the file that it is in, by which its work is bounded; None: its own.
 
     Raises:
       TorchFileError: malformed, or a call of anything else, which the message names.

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,10 @@ from opensora_jax.data.index import Index, smallest
 from opensora_jax.data.parts import (
     CODES,
     TEXT,
+    Batch,
     DatasetError,
     Parts,
+    Table,
     count_codes,
     is_file_name,
     read_json,
@@ -171,16 +174,16 @@ class LatentDataset:
         return [self._text(index), self._video(index)]
 
     def _video(self, index):
-        number = int(self.index.row_video[index])
-        k = int(np.searchsorted(self.index.video_ends, number, side="right"))
-        start = int(self.index.video_ends[k - 1]) if k else 0
-        return self._parts.videos(k).find(number - start)
+        return _find(self.index.row_video[index], self.index.video_ends, self._parts.videos)
 
     def _text(self, index):
-        number = int(self.index.row_text[index])
-        k = int(np.searchsorted(self.index.text_ends, number, side="right"))
-        start = int(self.index.text_ends[k - 1]) if k else 0
-        return self._parts.texts(k).find(number - start)
+        return _find(self.index.row_text[index], self.index.text_ends, self._parts.texts)
+
+
+def _find(number: int, ends: np.ndarray, table: Callable[[int], Table]) -> tuple[Batch, int]:
+    """The batch of row `number` of the tables of all parts, which end so, and its row there."""
+    k = int(np.searchsorted(ends, number, side="right"))
+    return table(k).find(int(number) - (int(ends[k - 1]) if k else 0))
 
 
 def _grid(metadata: dict) -> tuple[int, int]:
@@ -253,14 +256,12 @@ def _scan(folder: Path, metadata: dict, codebook: np.ndarray) -> LatentDataset:
     frames, lengths, ends, n_values = [], [], [], 0
     counts = None if "code_counts" in metadata else np.zeros(metadata["n_codes"], np.int64)
     for k in range(len(folders)):
-        # Both columns must be there.
-        for batch in parts.open_table(folders[k], columns=(CODES, TEXT)):
+        for batch in opened.both(k):
             n_values += int(batch.codes.shapes.prod(axis=1).sum())
             frames.append(batch.codes.shapes[:, 0])
             lengths.append(batch.text.shapes[:, 0])
             if counts is not None:
                 counts += count_codes(batch, metadata["n_codes"])
-        opened.videos(k), opened.texts(k)  # which checks them
         ends.append(sum(map(len, frames)))
     if not frames:
         raise DatasetError(f"{folder}: no rows: expected part-00000, ... or a save_to_disk folder")

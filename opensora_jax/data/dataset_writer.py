@@ -112,8 +112,7 @@ def _flat(rows, n_codes) -> pa.Table:
 
 def _video_columns(rows, n_codes):
     return {
-        # A file name need not be text.
-        "video_file": [_text(row["video_file"]) for row in rows],
+        "video_file": [row["video_file"] for row in rows],
         CODES: arrow.to_nested_list([row[CODES] for row in rows], code_dtype(n_codes)),
         "fps": pa.array([row["fps"] for row in rows], pa.float32()),
     }
@@ -129,10 +128,6 @@ def _text_columns(rows):
         "caption": [row["caption"] for row in rows],
         TEXT: arrow.to_nested_list([row[TEXT] for row in rows], np.float16),
     }
-
-
-def _text(name: str) -> str:
-    return name.encode(errors="backslashreplace").decode()
 
 
 def _save(table: pa.Table, folder: Path) -> None:

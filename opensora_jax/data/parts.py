@@ -189,8 +189,15 @@ class Parts:
         self.videos = functools.lru_cache(_MOST_OPEN)(functools.partial(self._open, CODES))
         self.texts = functools.lru_cache(_MOST_OPEN)(functools.partial(self._open, TEXT))
 
-    def __len__(self) -> int:
-        return len(self._folders)
+    def both(self, k: int) -> Table:
+        """The rows of part k, which is flat and without checksums, checked.
+
+        Raises:
+          DatasetError: something in it is not as expected.
+        """
+        return self._first_use(
+            k, open_table(self._folders[k], columns=(CODES, TEXT)), (CODES, TEXT)
+        )
 
     def _open(self, column: str, k: int) -> Table:
         """The videos or texts of part k, checked when it is first used.
@@ -198,23 +205,20 @@ class Parts:
         Raises:
           DatasetError: something in it is not as expected.
         """
-        folder = self._folders[k]
-        sums = self._sums[k] if self._sums else None
-        name = VIDEOS if column == CODES else TEXTS
-        columns: tuple[str, ...] = (column,)
-        if sums is not None and any(file.startswith(f"{name}/") for file in sums):
-            folder = folder / name
-            sums = below(sums, name)
-        elif sums is not None and any("/" in file for file in sums):
-            return Table([])  # no new texts came with these videos, or no videos
-        is_checked = (k, column) in self._checked
-        if sums is not None and is_checked:
+        folder, sums = self._folders[k], self._sums[k] if self._sums else None
+        if sums is not None and any("/" in file for file in sums):
+            name = VIDEOS if column == CODES else TEXTS
+            folder, sums = folder / name, below(sums, name)
+        if sums is not None and (k, column) in self._checked:
             sums = dict.fromkeys(sums)
-        table = open_table(folder, columns=columns, sums=sums)
-        if not is_checked:
+        return self._first_use(k, open_table(folder, columns=(column,), sums=sums), (column,))
+
+    def _first_use(self, k: int, table: Table, columns: tuple[str, ...]) -> Table:
+        new = {(k, column) for column in columns} - self._checked
+        if new:
             for batch in table:
                 self._check(batch)
-            self._checked.add((k, column))
+            self._checked |= new
         return table
 
     def _check(self, batch: Batch) -> None:

@@ -22,7 +22,7 @@ from opensora_jax.data.dataset import LatentDataset
 from opensora_jax.data.parts import TEXT
 from opensora_jax.diffusion import objectives
 from opensora_jax.inference.generator import DiTDescription, Generator
-from opensora_jax.tasks.dit import VARIANCE, DiTTask, Latents
+from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.train import loop
 from opensora_jax.train.state import TrainState
 
@@ -50,20 +50,21 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     folder = epath.Path(workdir) / "dit"
     config = config.copy_and_resolve_references()
-    begun = (folder / checkpoint.MODEL_FILE).exists()
-    if begun:
-        config.dit = build.adopt(config.dit, checkpoint.read_model(folder))
+    begun = None
+    if (folder / checkpoint.MODEL_FILE).exists():
+        begun = DiTDescription.read(folder)
+        config.dit = build.adopt(config.dit, begun.dit, begun.objective)
     c = config.dit
     if build.is_trained(folder, c.steps):
         _expect_same_model(c, folder)
         logger.info("dit: %s: done already", folder)
         return
     data = dataset.open_dataset(config.data.dataset or epath.Path(workdir) / "dataset")
-    n_frames = c.n_latent_frames or _usual_frames(data, folder)
+    n_frames = c.n_latent_frames or (begun.latent_grid[0] if begun else _usual_frames(data))
     text_length = c.text_length or int(data.index.text_lengths.max())
     rows, validation_rows = _usable_rows(data, n_frames, c.validation_share)
     grid = (n_frames, *data.grid)
-    latents = _latents(c, data, folder if begun else None)
+    latents = _latents(c, data, folder, begun)
     c = config.dit = build.choose(c, latents, data.code_counts)
     training = build.dit_training(
         config,
@@ -140,37 +141,31 @@ def _expect_same_model(c: ConfigDict, folder: epath.Path) -> None:
     )
 
 
-def _latents(c: ConfigDict, data: LatentDataset, begun: epath.Path | None) -> Latents:
-    """Those of `config.dit` c, or of the training that was begun in a folder, if it fits.
+def _latents(
+    c: ConfigDict, data: LatentDataset, folder: epath.Path, begun: DiTDescription | None
+) -> Latents:
+    """Those of `config.dit` c, or of the training that was begun in `folder`, if it fits.
 
     Raises:
       ValueError: it has other components than c asks for.
     """
     if begun is not None:
-        found = DiTDescription.read(begun).latents
+        there = begun.latents
         asked = data.codebook.shape[1] if c.components == 0 else c.components
-        if asked not in ("auto", found.channels):
+        if asked not in ("auto", there.channels):
             raise ValueError(
-                f"{begun / checkpoint.MODEL_FILE}: made with other settings: "
-                f"components={asked}, there {found.channels}. Use another folder, or remove it"
+                f"{folder / checkpoint.MODEL_FILE}: made with other settings: "
+                f"components={asked}, there {there.channels}. Use another folder, or remove it"
             )
-        if len(found.table) == len(data.codebook):
-            return found
-    latents = Latents.normalized(data.codebook, data.code_counts, c.components)
-    if c.components == "auto":
-        logger.info(
-            "dit.components: %d of %d hold %.0f%% of the variance of the embeddings",
-            *(latents.channels, data.codebook.shape[1], 100 * VARIANCE),
-        )
-    return latents
+        if len(there.table) == len(data.codebook):
+            return there
+    return build.latents(c, data.codebook, data.code_counts)
 
 
-def _usual_frames(data: LatentDataset, folder: epath.Path) -> int:
+def _usual_frames(data: LatentDataset) -> int:
     """Latent frames of an example that most of the data has: the most, in whole windows where there
-    are any, of which `USABLE` of the rows have so many. Those of a training that has begun stay.
+    are any, of which `USABLE` of the rows have so many.
     """
-    if (folder / checkpoint.MODEL_FILE).exists():
-        return int(DiTDescription.read(folder).latent_grid[0])
     frames, window = data.latent_frames, data.window_latents
     n = int(np.quantile(frames, 1 - USABLE, method="lower"))
     n = n // window * window or n

@@ -17,8 +17,6 @@ from opensora_jax.models.dit import PLAIN, DiT, DiTConfig, Execution
 
 # Where validation measures the loss: losses look flat over training when levels are mixed.
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
-# What principal components are to hold of the embeddings' variance.
-VARIANCE = 0.99
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,34 +30,38 @@ class Latents:
     table: np.ndarray
 
     @classmethod
-    def normalized(
-        cls, codebook: np.ndarray, code_counts: np.ndarray, components: int | str = 0
-    ) -> "Latents":
-        """Embeddings of mean 0 and variance 1 over the data's codes.
-
-        Each channel is brought to variance 1. With `components`, the channels then are the first
-        principal components of these, scaled alike to a variance of 1 in the mean: a codebook lies
-        in few of its dimensions, and in the others noise is all there is.
+    def normalized(cls, codebook: np.ndarray, code_counts: np.ndarray) -> "Latents":
+        """Embeddings of mean 0 and variance 1 in each channel over the data's codes.
 
         Args:
           codebook: (n_codes, dim) float32.
           code_counts: (n_codes,), how often each code occurs in the data.
-          components: channels to keep; "auto": as many as hold `VARIANCE` of the variance; 0: all,
-            as they are.
         """
         share = (code_counts / code_counts.sum())[:, None]
         mean = (codebook * share).sum(axis=0)
         std = np.sqrt((((codebook - mean) ** 2) * share).sum(axis=0))
-        table = np.asarray((codebook - mean) / np.maximum(std, 1e-6), np.float64)
+        return cls(np.asarray((codebook - mean) / np.maximum(std, 1e-6), np.float32))
+
+    def n_components(self, code_counts: np.ndarray, variance: float) -> int:
+        """How many principal components hold this share of the variance over the data's codes."""
+        held = np.cumsum(self._principal_axes(code_counts)[0])
+        return int(np.searchsorted(held / held[-1], variance)) + 1
+
+    def principal(self, code_counts: np.ndarray, n: int) -> "Latents":
+        """The first n principal components, scaled alike to a variance of 1 in the mean.
+
+        A codebook lies in few of its dimensions, and in the others noise is all there is.
+        """
+        share = (code_counts / code_counts.sum())[:, None]
+        table = self.table @ self._principal_axes(code_counts)[1][:, :n]
+        return Latents(np.asarray(table / np.sqrt((table**2 * share).sum() / n), np.float32))
+
+    def _principal_axes(self, code_counts):
+        """Variances (dim,), the largest first, and directions (dim, dim), one a column."""
+        share = (code_counts / code_counts.sum())[:, None]
+        table = self.table.astype(np.float64)
         variance, directions = np.linalg.eigh((table * share).T @ table)
-        variance, directions = np.maximum(variance[::-1], 0), directions[:, ::-1]
-        if components == "auto":
-            held = np.cumsum(variance) / variance.sum()
-            components = int(np.searchsorted(held, VARIANCE)) + 1
-        if 0 < components < table.shape[1]:
-            table = table @ directions[:, :components]
-            table /= np.sqrt((table**2 * share).sum() / components)
-        return cls(np.asarray(table, np.float32))
+        return np.maximum(variance[::-1], 0), directions[:, ::-1]
 
     def hidden_level(self, code_counts: np.ndarray, n: int = 512) -> float:
         """The level t of noise at which the nearest code of (1 - t) x + t noise is right half the

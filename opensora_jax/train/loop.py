@@ -23,10 +23,10 @@ from opensora_jax import mesh as mesh_lib
 from opensora_jax import process, rngs
 from opensora_jax.checkpoint.best import Best
 from opensora_jax.checkpoint.manager import Checkpoints, broadcast_from_first
+from opensora_jax.process import Stopped
 from opensora_jax.train import monitor, preemption, summary
 from opensora_jax.train import state as state_lib
 from opensora_jax.train.metrics_log import MetricsWriter
-from opensora_jax.train.preemption import Stopped
 from opensora_jax.train.profiler import Profiler
 from opensora_jax.train.settings import LoopSettings, StepSettings, Throughput
 from opensora_jax.train.state import Task, TrainState

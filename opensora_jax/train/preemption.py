@@ -14,9 +14,6 @@ import jax
 from jax.experimental import multihost_utils
 
 from opensora_jax import process
-from opensora_jax.process import Stopped, interruptible
-
-__all__ = ["Stopped", "check", "deferred", "interruptible"]
 
 
 @contextlib.contextmanager
@@ -49,3 +46,11 @@ def check(step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells the others of
     if multihost_utils.reached_preemption_sync_point(step):
         process.stop(process.received() or signal.SIGTERM)
+
+
+def interruptible() -> contextlib.AbstractContextManager[None]:
+    """Around what may be broken off anywhere, and can take long: raises `Stopped` at once.
+
+    Not with several processes, where it would be in one of them alone.
+    """
+    return process.interruptible() if jax.process_count() == 1 else contextlib.nullcontext()

@@ -9,6 +9,8 @@ from configs import default, dit_3b, dit_7b, dit_xl2, msrvtt, quickstart
 from opensora_jax import config as config_lib
 from opensora_jax.build import networks
 from opensora_jax.build import training as build
+from opensora_jax.diffusion.objectives import RectifiedFlow
+from opensora_jax.models.dit import DiTConfig
 from opensora_jax.tasks.dit import Latents
 
 
@@ -28,7 +30,7 @@ def config(width=768, **given):
 
 def test_components_hold_the_variance_and_tell_the_codes_apart():
     table, counts = codebook(512, 64, rank=6)
-    latents = Latents.normalized(table, counts, "auto")
+    latents = build.latents(config(), table, counts)
     assert latents.channels <= 6
     whole = Latents.normalized(table, counts)
     assert whole.channels == 64
@@ -63,7 +65,7 @@ def test_what_is_chosen_is_told_with_its_figures(caplog):
     assert chosen.time_shift == 16  # half the root of 1024
     assert "data, for tokens of 1024 numbers in a network of width 768" in caplog.text
     assert "time_shift: 16.00, for tokens of 1024 numbers; half of the codes alone" in caplog.text
-    few = Latents.normalized(*codebook(2048, 256, rank=4), "auto")
+    few = build.latents(config(), *codebook(2048, 256, rank=4))
     chosen = build.choose(config(patch=2), few, counts)
     assert (chosen.prediction, chosen.time_shift) == ("velocity", max(1, few.channels**0.5))
 
@@ -82,21 +84,19 @@ def test_what_cannot_represent_its_target_is_told(caplog):
 
 
 def test_a_training_that_was_begun_keeps_what_it_has():
-    found = {
-        "prediction": "velocity",
-        "time_shift": 1.0,
-        "dit": {"depth": 28, "width": 1152, "heads": 16},
-    }
+    sizes = {"channels": 256, "out_channels": 256, "patch": 2, "text_width": 8}
+    model = DiTConfig(depth=28, width=1152, heads=16, **sizes)
+    objective = RectifiedFlow(time_shift=1.0, prediction="velocity")
     c = default.get_config().dit
     c.size = "XL"
-    kept = build.adopt(c, found)
+    kept = build.adopt(c, model, objective)
     assert (kept.prediction, kept.time_shift, networks.dit_size(kept)) == (
         "velocity",
         1.0,
         (28, 1152, 16),
     )
     c.size, c.prediction, c.time_shift = "B", "data", 2.0
-    kept = build.adopt(c, found)
+    kept = build.adopt(c, model, objective)
     assert (kept.prediction, kept.time_shift, kept.size) == ("data", 2.0, "B")
 
 

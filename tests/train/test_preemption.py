@@ -4,12 +4,14 @@ import os
 import signal
 import time
 
+import jax
 import pytest
 from linear import assert_identical, batches, fit, numbers
 
+from opensora_jax import process
 from opensora_jax.checkpoint import manager as checkpoint
-from opensora_jax.train import loop
-from opensora_jax.train.preemption import Stopped
+from opensora_jax.process import Stopped
+from opensora_jax.train import loop, preemption
 
 
 class Terminating:
@@ -76,3 +78,20 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
     with pytest.raises(Stopped):
         fit(tmp_path, start_from=start_from)
     assert checkpoints(tmp_path) == set()
+
+
+def interrupted_for_long():
+    with preemption.interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+
+def test_with_several_processes_none_breaks_off_alone(monkeypatch):
+    """As an evaluation goes on, the others wait in its collectives."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with preemption.deferred("dit"), preemption.interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with process.deferred("dit"), pytest.raises(Stopped):
+        interrupted_for_long()
