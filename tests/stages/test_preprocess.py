@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -342,11 +341,11 @@ def test_a_killed_run_goes_on_and_ends_like_one_that_was_not(world, tmp_path):
     assert len(dataset.open_dataset(output)) == 2 * 10
 
 
-def test_the_command_names_what_is_wrong_without_a_traceback(world, tmp_path, monkeypatch):
+def test_the_command_names_what_is_wrong_without_a_traceback(world, tmp_path):
     words = command(world, tmp_path / "nowhere.json", tmp_path, tmp_path / "out")
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit, match=rf"^error: {tmp_path}/nowhere\.json: no such file"):
-        runpy.run_path(words[0], run_name="__main__")
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/nowhere.json: no such file")
 
 
 def test_the_stage_takes_what_earlier_stages_made_and_a_small_text_model(world, tmp_path, capsys):
