@@ -113,13 +113,13 @@ class Generator:
         )
 
     @classmethod
-    def load(cls, folder: epath.PathLike) -> "Generator":
-        """For the DiT trained in `folder`.
+    def load(cls, folder: epath.PathLike, mesh: Mesh | None = None) -> "Generator":
+        """For the DiT trained in `folder`, on this mesh.
 
         Raises:
           FileNotFoundError: no DiT there, or not the tokenizer or text model that it names.
         """
-        return cls(DiTDescription.read(folder))
+        return cls(DiTDescription.read(folder), mesh=mesh)
 
     def restore(self, folder: epath.PathLike, *, best: bool = False) -> PyTree:
         """The averaged weights of the last checkpoint in `folder`, sharded, in the compute dtype.

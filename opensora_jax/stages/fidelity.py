@@ -4,9 +4,11 @@ import json
 import logging
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from opensora_jax import files
+from opensora_jax import mesh as mesh_lib
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import moving_shapes
 from opensora_jax.inference.generator import Generator
@@ -35,7 +37,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         moving_shapes.captions(*combination)[i // len(moving_shapes.ALL) % 2]
         for i, combination in enumerate(combinations)
     ]
-    generator = Generator.load(workdir / "dit")
+    generator = Generator.load(workdir / "dit", mesh_lib.make_mesh(config.mesh))
     videos = generator.sample(
         prompts,
         params=generator.restore(workdir / "dit"),
@@ -51,5 +53,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
         result["n_samples"][name] = len(index)
         if index:
             result[name] = shapes.score(videos[index], [combinations[i] for i in index])
-    files.write_json(path, result)
+    if jax.process_index() == 0:
+        files.write_json(path, result)
     logger.info("fidelity: %s", json.dumps(result))

@@ -52,7 +52,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     source = clip_source(config, paths)
     mesh = mesh_lib.make_mesh(config.mesh)
     kind, videos = evaluation_videos(config, workdir, paths)
-    evaluate = Reconstruction(task, mesh, kind, videos, batch_size=c.batch_size)
+    # What fits in training fits here.
+    evaluate = Reconstruction(task, mesh, kind, videos, batch_size=c.batch_size // c.accumulate)
     tx, schedule = build.optimizer(c)
     loop.fit(
         task,

@@ -15,10 +15,12 @@ import pytest
 from configs import default
 from opensora_jax import config as config_lib
 from opensora_jax import main
-from opensora_jax.data import dataset_writer
+from opensora_jax.data import dataset_writer, video_io
+from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.train import metrics_log
 
 ROOT = Path(__file__).parents[2]
+VQVAE = ROOT / "tests" / "golden" / "videogpt_stride4x4x4.ckpt"
 N_CODES, DIM, TEXT_WIDTH = 16, 4, 6
 # An epoch is four steps.
 N_ROWS, BATCH, STEPS = 32, 8, 8
@@ -36,6 +38,9 @@ CONFIG = {
     "dit.learning_rate": 3e-3,
     "dit.log_every": 1,
     "dit.checkpoint_every": 4,
+    "dit.eval_every": STEPS,
+    "sample.steps": 2,
+    "sample.prompts": ("a red circle", "a circle"),
 }
 ONE = {"mesh.data": 8, "mesh.fsdp": 1, "mesh.context": 1, "mesh.tensor": 1}
 TWO = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.context": 1, "mesh.tensor": 2}
@@ -87,11 +92,13 @@ def data(tmp_path_factory):
         folder, 0, rows, N_CODES, {"kept": len(rows), "filtered": [], "failed": []}
     )
     metadata = {
-        "downsample": [2, 2, 2],
-        "vqvae": "no_vqvae",
-        "text_model": str(folder),  # that it is not, so no sample videos
-        "resolution": [8, 8],
+        "downsample": [4, 4, 4],
+        "vqvae": str(VQVAE),
+        "text_model": str(folder / "text_model"),
+        "resolution": [16, 16],
     }
+    words = ["a red circle"]
+    make_small_text_model(folder / "text_model", words, width=TEXT_WIDTH, depth=1, heads=1)
     codebook = rng.normal(size=(N_CODES, DIM)).astype(np.float32)
     dataset_writer.finish_dataset(folder, metadata, codebook)
     return folder
@@ -199,6 +206,20 @@ def test_every_process_reads_its_share_and_an_epoch_has_every_row_once(folder):
         # Besides what it trained on a process reads a few batches ahead, of its places only.
         assert min(ahead.values()) >= 0
         assert ahead.total() <= 6 * BATCH // 2
+
+
+def test_processes_draw_samples_together_while_they_train(folder):
+    """On a mesh of fsdp and tensor the videos that one process draws on data alone."""
+    expected, found = (
+        folder / name / "dit" / "samples" / f"step{STEPS:06d}" for name in ("one", "two")
+    )
+    names = sorted(path.name for path in expected.iterdir())
+    assert names == ["00.mp4", "01.mp4", "prompts.json"]
+    assert sorted(path.name for path in found.iterdir()) == names
+    for name in names[:2]:
+        videos = [video_io.read_video(path / name) for path in (expected, found)]
+        assert videos[0].shape == (12, 16, 16, 3)
+        np.testing.assert_array_equal(*videos)
 
 
 def test_only_the_first_process_prints(folder):
