@@ -112,10 +112,15 @@ def _flat(rows, n_codes) -> pa.Table:
 
 def _video_columns(rows, n_codes):
     return {
-        "video_file": [row["video_file"] for row in rows],
+        "video_file": [_text(row["video_file"]) for row in rows],
         CODES: arrow.to_nested_list([row[CODES] for row in rows], code_dtype(n_codes)),
         "fps": pa.array([row["fps"] for row in rows], pa.float32()),
     }
+
+
+def _text(name: str) -> str:
+    """A file name, which need not be text, with escapes for what is none."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def code_dtype(n_codes: int) -> np.dtype:

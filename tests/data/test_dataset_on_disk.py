@@ -168,3 +168,12 @@ def test_swapped_parts_are_told(tmp_path):
     (tmp_path / "aside").rename(tmp_path / "part-00001")
     with pytest.raises(DatasetError, match="the file was changed or taken from elsewhere"):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_file_names_that_are_not_text_are_stored_escaped(tmp_path, flat):
+    rows = make_rows(1)
+    rows[0]["video_file"] = "caf\udce9.mp4"
+    write_part(tmp_path, 0, rows, N_CODES, EMPTY_RECORD, flat=flat)
+    dataset_writer.finish_dataset(tmp_path, METADATA, make_codebook())
+    assert open_dataset(tmp_path).column(0, "video_file") == r"caf\udce9.mp4"
