@@ -108,8 +108,8 @@ def disturb(workdir: Path, name: str, seconds: float) -> tuple[str, str | None]:
         return stage, said[:1000]
     if "Traceback" in said:
         return stage, f"a traceback: {said[-1000:]}"
-    if "all stages done" in said and process.returncode == 0:
-        return stage, None  # the signal came too late
+    if "all stages done" in said:
+        return stage, None  # the signal came too late, maybe while the interpreter was ending
     status = STATUSES.get(name, 0)
     if process.returncode != status:
         return stage, f"status {process.returncode}: {said[-500:]}"
@@ -126,9 +126,15 @@ def result_of(workdir: Path) -> dict[str, Any]:
         found[f"{training}: numbers"] = [
             {k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines
         ]
-        found[f"{training}: checkpoints"] = arrays(workdir / training / "checkpoints")
-        found[f"{training}: kept"] = folders(workdir / training / "checkpoints")
-    found["dit: best"] = arrays(workdir / "dit" / "best")
+        # Where a signal saves a step of its own, that is kept in the place of an older one.
+        steps = sorted(folders(workdir / training / "checkpoints"), key=int)
+        found[f"{training}: last checkpoint"] = arrays(
+            workdir / training / "checkpoints", steps[-1]
+        )
+        found[f"{training}: kept"] = (len(steps), steps[-1])
+    # The best are numbered by how often there was a new one.
+    (best,) = folders(workdir / "dit" / "best")
+    found["dit: best"] = arrays(workdir / "dit" / "best", best)
     found["dataset"] = bytes_of(workdir / "dataset", "*", without=("metadata.json", ".lock"))
     metadata = files.read_json(workdir / "dataset" / "metadata.json")
     paths = ("command", "checksum", "vqvae", "text_model")
@@ -152,19 +158,17 @@ def bytes_of(folder: Path, pattern: str, without: tuple[str, ...] = ()) -> dict[
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def arrays(folder: Path) -> dict[str, np.ndarray]:
-    """All arrays of the checkpoints."""
+def arrays(folder: Path, step: str) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint."""
     import orbax.checkpoint as ocp
     from etils import epath
 
     found = {}
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        for step in (path for path in folder.iterdir() if path.name.isdigit()):
-            for item in (path for path in step.iterdir() if path.is_dir() and path.name != "about"):
+        for item in (path for path in (folder / step).iterdir() if path.is_dir()):
+            if item.name != "about":
                 tree = reader.restore(epath.Path(item))
-                # The best are numbered by how often there was a new one.
-                number = "" if folder.name == "best" else step.name
-                found |= {f"{number} {item.name}: {k}": v for k, v in leaves_of(tree)}
+                found |= {f"{item.name}: {key}": value for key, value in leaves_of(tree)}
     return found
 
 

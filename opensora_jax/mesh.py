@@ -56,6 +56,8 @@ BATCH = PartitionSpec(ACTIVATION_RULES["batch"])
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices; `sizes` gives each axis of `AXES` a size, -1 meaning the rest.
 
+    It may be the configuration's part `mesh`, which holds more.
+
     Where the devices are several slices, joined by a slower network, `data` goes over them, and
     `fsdp` where data alone does not reach.
 
@@ -63,14 +65,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       devices: others than those of this run, to compile for them.
 
     Raises:
-      ValueError: if an axis is unknown or missing, the sizes do not multiply to the number of
+      ValueError: if an axis is missing, the sizes do not multiply to the number of
         devices, or slices do not divide data x fsdp.
     """
     devices = jax.devices() if devices is None else devices
     n = len(devices)
-    if set(sizes) != set(AXES):
+    if not set(AXES) <= set(sizes):
         raise ValueError(f"mesh={dict(sizes)}: expected the axes {', '.join(AXES)}")
-    shape = [sizes[axis] for axis in AXES]
+    sizes = {axis: sizes[axis] for axis in AXES}
+    shape = list(sizes.values())
     if shape.count(-1) > 1 or any(s < 1 and s != -1 for s in shape):
         raise ValueError(f"mesh={dict(sizes)}: expected positive sizes, at most one of them -1")
     known = math.prod(s for s in shape if s != -1)

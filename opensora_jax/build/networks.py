@@ -61,14 +61,17 @@ def attention_implementation(
     return "cudnn"
 
 
-def execution(c: ConfigDict, config: DiTConfig, platform: str | None = None) -> Execution:
-    """How `config.dit` wants a DiT to be computed in training."""
+def execution(
+    c: ConfigDict, config: DiTConfig, reduce_dtype: str, platform: str | None = None
+) -> Execution:
+    """How `config.dit` and `config.mesh.reduce_dtype` want a DiT to be computed in training."""
     dtype = compute_dtype(c.dtype, platform)
     return Execution(
         dtype=dtype,
         attention=attention_implementation(c.attention, config, dtype, platform),
         remat=c.remat,
         unroll=c.unroll,
+        reduce_dtype=None if reduce_dtype == "auto" else jnp.dtype(reduce_dtype),
     )
 
 

@@ -215,7 +215,7 @@ def dit_training(
         model,
         latents,
         objective,
-        execution=networks.execution(c, model, platform),
+        execution=networks.execution(c, model, config.mesh.reduce_dtype, platform),
         caption_dropout=c.caption_dropout,
     )
     tx, schedule = optimizer(c)

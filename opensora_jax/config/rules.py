@@ -121,7 +121,10 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "vqvae": text,
         "text_model": text,
     },
-    "mesh": dict.fromkeys(mesh_lib.AXES, mesh_size),
+    "mesh": {
+        **dict.fromkeys(mesh_lib.AXES, mesh_size),
+        "reduce_dtype": one_of(("auto", "float32")),
+    },
     "shapes": {
         "n_videos": at_least(1),
         "n_held_out": at_least(1),

@@ -43,18 +43,25 @@ def matmul(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
     return x @ kernel_DF
 
 
-def _matmul_backward(saved, dy):
-    x, kernel_DF = saved
-    dkernel_DF = _by_platform(
+def kernel_gradient(x: jax.Array, dy: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The gradient (D, F) in `dtype` of the kernel of y = x @ kernel."""
+
+    def contract(x, dy):
+        axes = (_leading_axes(x), _leading_axes(dy))
+        return jnp.tensordot(x, dy, axes, preferred_element_type=dtype)
+
+    return _by_platform(
         x,
         dy,
-        cpu=lambda x, dy: _flat(x).T @ _flat(dy),
-        default=lambda x, dy: jnp.tensordot(x, dy, (_leading_axes(x), _leading_axes(dy))),
+        cpu=lambda x, dy: jnp.matmul(_flat(x).T, _flat(dy), preferred_element_type=dtype),
+        default=contract,
     )
-    return dy @ kernel_DF.T, dkernel_DF
 
 
-matmul.defvjp(lambda x, kernel: (matmul(x, kernel), (x, kernel)), _matmul_backward)
+matmul.defvjp(
+    lambda x, kernel: (matmul(x, kernel), (x, kernel)),
+    lambda saved, dy: (dy @ saved[1].T, kernel_gradient(saved[0], dy, saved[1].dtype)),
+)
 
 
 @jax.custom_vjp

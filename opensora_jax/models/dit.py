@@ -93,12 +93,19 @@ class Execution:
       attention: a key of `models.attention.BACKENDS`.
       remat: a key of `REMAT_POLICIES`.
       unroll: blocks in a row that are compiled as one piece; more run faster and compile slower.
+      reduce_dtype: in which gradients are summed over tokens and devices; None: `dtype`.
     """
 
     dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
     remat: str = "none"
     unroll: int = 1
+    reduce_dtype: jnp.dtype | None = None
+
+    @property
+    def dtypes(self) -> dict[str, jnp.dtype | None]:
+        """What every module with weights is told."""
+        return {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
 
 
 PLAIN = Execution()
@@ -120,19 +127,25 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
         qk_norm: bool,
         implementation: str,
-        dtype: jnp.dtype,
         zero_init: bool = False,
+        **dtypes: jnp.dtype | None,
     ):
         self.heads, self.implementation = heads, implementation
         to_heads = functools.partial(
-            layers.Dense, width, width, axes=("embed", "heads"), rngs=rngs, dtype=dtype
+            layers.Dense, width, width, axes=("embed", "heads"), rngs=rngs, **dtypes
         )
         self.query, self.key, self.value = to_heads(), to_heads(), to_heads()
         out_init = {"init": _zeros} if zero_init else {}
         self.out = layers.Dense(
-            width, width, axes=("heads", "embed"), rngs=rngs, dtype=dtype, **out_init
+            width, width, axes=("heads", "embed"), rngs=rngs, **dtypes, **out_init
         )
-        norm = functools.partial(layers.RMSNorm, width // heads, axes=("norm",), rngs=rngs)
+        norm = functools.partial(
+            layers.RMSNorm,
+            width // heads,
+            axes=("norm",),
+            rngs=rngs,
+            reduce_dtype=dtypes.get("reduce_dtype"),
+        )
         self.query_norm = norm() if qk_norm else None
         self.key_norm = norm() if qk_norm else None
 
@@ -170,8 +183,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """Two dense layers with a GELU (tanh approximation) between."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
-        common = {"rngs": rngs, "dtype": dtype}
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, **dtypes: jnp.dtype | None):
+        common = {"rngs": rngs, **dtypes}
         self.up = layers.Dense(width, hidden, axes=("embed", "mlp"), **common)
         self.down = layers.Dense(hidden, width, axes=("mlp", "embed"), **common)
 
@@ -192,9 +205,9 @@ def shard_tokens(x_BND: jax.Array) -> jax.Array:
 class Modulation(layers.Dense):
     """adaLN-Zero: n shifts, scales and gates, each (B, N, D) and zero at first, of a condition."""
 
-    def __init__(self, width: int, n: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, width: int, n: int, *, rngs: nnx.Rngs, **dtypes: jnp.dtype | None):
         axes = ("embed", "modulation")
-        super().__init__(width, n * width, axes=axes, init=_zeros, rngs=rngs, dtype=dtype)
+        super().__init__(width, n * width, axes=axes, init=_zeros, rngs=rngs, **dtypes)
         self.n = n
 
     def __call__(self, condition_BD: jax.Array, n_tokens: int) -> list[jax.Array]:
@@ -209,6 +222,7 @@ class Block(nnx.Module):
 
     Args:
       qk_norm: off only to reproduce facebookresearch/DiT's block.
+      dtypes: `Execution.dtypes`, as for what it is made of.
     """
 
     def __init__(
@@ -220,9 +234,9 @@ class Block(nnx.Module):
         cross_attention: bool,
         implementation: str = "xla",
         qk_norm: bool = True,
-        dtype: jnp.dtype = jnp.float32,
+        **dtypes: jnp.dtype | None,
     ):
-        common = {"rngs": rngs, "dtype": dtype}
+        common = {"rngs": rngs, **dtypes}
         attention = {"qk_norm": qk_norm, "implementation": implementation, **common}
         self.attention = Attention(width, heads, **attention)
         self.cross_attention = (
@@ -261,8 +275,8 @@ class DiT(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs, execution: Execution = PLAIN):
         self.config, self.execution = config, execution
-        c, width, dtype = config, config.width, execution.dtype
-        common = {"rngs": rngs, "dtype": dtype}
+        c, width = config, config.width
+        common = {"rngs": rngs, **execution.dtypes}
         normal = nnx.initializers.normal(0.02)
         patch_channels = c.patch**2 * c.channels
         self.patch_embedding = layers.Dense(
@@ -286,7 +300,7 @@ class DiT(nnx.Module):
                 rngs=rngs,
                 cross_attention=c.text_mode == "cross_attention",
                 implementation=execution.attention,
-                dtype=dtype,
+                **execution.dtypes,
             )
 
         self.blocks = stack(rngs)

@@ -6,6 +6,7 @@ table in `opensora_jax.mesh` turns them into shardings.
 Shape suffixes: B batch, N tokens, D features in, F features out, K head size.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 
 from opensora_jax import mesh
 from opensora_jax.mesh import constrain
-from opensora_jax.models.cpu import add_bias, matmul, mean_over_rows
+from opensora_jax.models.cpu import add_bias, kernel_gradient, matmul, mean_over_rows
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 Axes = tuple[str | None, ...]
@@ -61,8 +62,30 @@ class BatchNorm(nnx.Module):
         return add_bias(y, self.bias[...]).reshape(x.shape).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul_for(x: jax.Array, weight_DF: jax.Array, kernel_DF: jax.Array, axes: Axes) -> jax.Array:
+    """x @ weight, whose gradient goes to the kernel that the weight is of, in the kernel's dtype:
+    devices that each have a part of it sum it in that."""
+    return matmul(x, weight_DF)
+
+
+def _matmul_for_backward(axes, saved, dy):
+    x, weight_DF = saved
+    dkernel_DF = kernel_gradient(x, dy, jnp.float32)
+    return dy @ weight_DF.T, None, constrain(dkernel_DF, *axes, rules=mesh.PARAMETER_RULES)
+
+
+_matmul_for.defvjp(
+    lambda x, weight, kernel, axes: (matmul(x, weight), (x, weight)), _matmul_for_backward
+)
+
+
 class Dense(nnx.Module):
-    """y = x @ kernel + bias over the last dimension."""
+    """y = x @ kernel + bias over the last dimension.
+
+    Args:
+      reduce_dtype: in which gradients are summed over tokens and devices; None: `dtype`.
+    """
 
     def __init__(
         self,
@@ -74,18 +97,26 @@ class Dense(nnx.Module):
         init: Initializer = xavier,
         use_bias: bool = True,
         dtype: jnp.dtype = jnp.float32,
+        reduce_dtype: jnp.dtype | None = None,
     ):
         self.kernel = param(rngs, init, (d_in, d_out), axes)
         zeros = nnx.initializers.zeros
         self.bias = param(rngs, zeros, (d_out,), axes[1:]) if use_bias else None
-        self.axes, self.dtype = axes, dtype
+        self.axes, self.dtype, self.reduce_dtype = axes, dtype, reduce_dtype or dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         # Features are sharded as the kernel is over tensor.
         x = constrain(x.astype(self.dtype), ..., self.axes[0])
-        kernel = mesh.gather(self.kernel[...].astype(self.dtype), self.axes)
-        y = constrain(matmul(x, kernel), ..., self.axes[1])
-        return y if self.bias is None else add_bias(y, self.bias[...].astype(self.dtype))
+        weight = mesh.gather(self.kernel[...].astype(self.dtype), self.axes)
+        if self.reduce_dtype == self.dtype:
+            y = matmul(x, weight)
+        else:
+            y = _matmul_for(x, weight, self.kernel[...], self.axes)
+        y = constrain(y, ..., self.axes[1])
+        if self.bias is None:
+            return y
+        wide = self.reduce_dtype
+        return add_bias(y.astype(wide), self.bias[...].astype(wide)).astype(self.dtype)
 
 
 def rms_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -104,13 +135,26 @@ def layer_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalization with a learned scale (arXiv:1910.07467)."""
+    """Root-mean-square normalization with a learned scale (arXiv:1910.07467).
 
-    def __init__(self, features: int, *, axes: Axes, rngs: nnx.Rngs):
+    Args:
+      reduce_dtype: in which gradients are summed over tokens and devices; None: that of x.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        axes: Axes,
+        rngs: nnx.Rngs,
+        reduce_dtype: jnp.dtype | None = None,
+    ):
         self.scale = param(rngs, nnx.initializers.ones, (features,), axes)
+        self.reduce_dtype = reduce_dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_normalize(x) * self.scale[...].astype(x.dtype)
+        wide = self.reduce_dtype or x.dtype
+        return (rms_normalize(x).astype(wide) * self.scale[...].astype(wide)).astype(x.dtype)
 
 
 def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10_000.0) -> jax.Array:

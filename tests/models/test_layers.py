@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from opensora_jax.models import cpu, layers
+from opensora_jax import mesh as mesh_lib
+from opensora_jax.models import cpu, dit, layers
 
 
 def normal(seed, *shape):
@@ -143,3 +144,37 @@ def test_rotation_keeps_norms_and_leaves_what_follows():
     np.testing.assert_array_equal(y[:, 8:], x[:, 8:])
     np.testing.assert_array_equal(y[:, 0], x[:, 0])  # position zero
     assert np.abs(np.asarray(y - x)[:, 1:8]).max(-1).min() > 1e-3
+
+
+def test_gradients_are_summed_in_float32_where_asked_for():
+    """Of a whole DiT that computes in bfloat16: in it no gradient has more digits than that."""
+    config = dit.DiTConfig(
+        depth=2, width=16, heads=2, channels=2, out_channels=2, patch=1, text_width=6
+    )
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((8, 2, 4, 4, 2), np.float32)
+    text = rng.standard_normal((8, 3, 6), np.float32)
+
+    def has_more_digits(reduce_dtype):
+        execution = dit.Execution(dtype=jnp.bfloat16, reduce_dtype=reduce_dtype)
+        model = dit.DiT(config, rngs=nnx.Rngs(0), execution=execution)
+        graph, params = nnx.split(model)
+        draw = np.random.default_rng(1).standard_normal
+        params = jax.tree.map(lambda p: 0.3 * draw(p.shape, np.float32), params)
+
+        def loss(params):
+            out = nnx.merge(graph, params)(x, jnp.full(8, 500.0), text, jnp.full(8, 3))
+            return jnp.mean((out - x) ** 2)
+
+        mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 2, "context": 1, "tensor": 2})
+        with jax.set_mesh(mesh):
+            gradients = jax.jit(jax.grad(loss))(params)
+        return {
+            jax.tree_util.keystr(path): bool((g != g.astype(jnp.bfloat16)).any())
+            for path, g in jax.tree_util.tree_leaves_with_path(gradients)
+            if "null_text" not in jax.tree_util.keystr(path)  # dropped by none
+        }
+
+    narrow, wide = has_more_digits(None), has_more_digits(jnp.float32)
+    assert not any(narrow.values()), narrow
+    assert all(wide.values()), wide
