@@ -23,7 +23,9 @@ def get_config() -> ConfigDict:
     c.data.captions = ""  # captions file, JSON or JSONL; empty: the moving shapes'
     c.data.videos = ""  # folder of video files; empty: the moving shapes'
     c.data.held_out_videos = ""  # folder to watch the VQ-VAE on; empty: the moving shapes'
-    c.data.dataset = ""  # Arrow dataset to train the DiT on; empty: WORKDIR/dataset
+    # Arrow dataset to train the DiT on, or several of other sizes, with a comma between two; empty:
+    # WORKDIR/dataset.
+    c.data.dataset = ""
     c.data.vqvae = ""  # VQ-VAE folder or VideoGPT checkpoint; empty: WORKDIR/vqvae
     c.data.text_model = ""  # CLIP folder or hub name; empty: a small random one, made on the spot
 
@@ -85,7 +87,8 @@ def get_config() -> ConfigDict:
 
     # Videos and captions -> the Arrow dataset.
     c.preprocess = ConfigDict()
-    c.preprocess.resolution = 128  # pixels, short side, cropped square
+    # Pixels, short side, cropped square; of several, (32, 64), a dataset each: WORKDIR/dataset32, ...
+    c.preprocess.resolution = FieldReference(128, field_type=object)
     # Frames a second; 0: as in the file. Of 16 frames at 8 a second one sees 2 seconds of what the
     # caption says, at a film's own rate half a second.
     c.preprocess.fps = 8.0
@@ -114,8 +117,9 @@ def get_config() -> ConfigDict:
     c.dit.patch = 2  # a token is 1 x patch x patch latents
     c.dit.text_mode = "cross_attention"  # or in_context: text tokens join the sequence
     c.dit.text_length = 0  # tokens a caption is padded or cut to; 0: the longest in the data
-    # Latent frames an example; 0: as many as 90% of the data have, in whole windows.
-    c.dit.n_latent_frames = 0
+    # Latent frames an example, or several lengths, (4, 8); 0: as many as 90% of the data have, in
+    # whole windows. Trained on several sizes, a model draws any between; a batch is of one of them.
+    c.dit.n_latent_frames = FieldReference(0, field_type=object)
     c.dit.caption_dropout = 0.1  # share of examples without text, for guidance
     # What is trained on: flow, rectified flow, or ddpm, DiT's (the noise, its variance learned).
     c.dit.objective = "flow"
@@ -125,7 +129,9 @@ def get_config() -> ConfigDict:
     # Of flow; above 1: more of the noisy times. auto: by how much noise it takes to hide a token.
     c.dit.time_shift = FieldReference("auto", field_type=object)
     c.dit.validation_share = 0.02  # share of the videos held back to measure the loss on
-    c.dit.batch_size = 256  # examples a step, over all devices
+    # Examples a step, over all devices; of several sizes those of the largest, and as many tokens of
+    # the others.
+    c.dit.batch_size = 256
     c.dit.accumulate = 1  # microbatches a step, when a batch does not fit
     c.dit.steps = 100_000
     c.dit.optimizer = "adamw"  # or muon: fewer steps, each dearer

@@ -94,7 +94,8 @@ def deferred(name: str, signals: tuple[int, ...] = _SIGNALS) -> Iterator[None]:
       signals: that are handled here; others are as they were.
     """
     previous = _State.name, _State.is_deferred
-    _State.received, _State.told = None, False
+    # One whose exception was lost was told of, and comes again.
+    _State.received, _State.told = None, _State.is_lost
     handlers = {number: signal.signal(number, _handle) for number in signals}
     _State.name, _State.is_deferred = name, True
     try:

@@ -37,9 +37,21 @@ def collects():  # where an exception is told and forgotten
     gc.collect()
     time.sleep(60)
 
-def trains():
+def collects_and_trains():
+    import gc
+    def callback(phase, info):
+        if phase == "start":
+            print("ready", flush=True)
+            gc.callbacks.clear()
+            time.sleep(1)
+    gc.callbacks.append(callback)
+    gc.collect()
+    trains(is_ready=True)
+
+def trains(is_ready=False):
     with process.deferred("dit"):
-        print("ready", flush=True)
+        if not is_ready:
+            print("ready", flush=True)
         for _ in range(int(sys.argv[3])):
             time.sleep(0.1)
         try:
@@ -75,6 +87,7 @@ def start(what, grace=1.0, n=20):
         ("waits", "", "", 5),
         ("compiles", "", "", 10),
         ("collects", "", "", 10),
+        ("collects_and_trains", "", "saved\n", 10),
         ("trains", "dit: ", "saved\n", 10),
         ("compiles_in_training", "dit: ", "", 10),
     ],

@@ -169,17 +169,12 @@ def test_prompts_of_a_file_at_another_size_and_rate(workdir, tmp_path):
     assert (info.height, info.width) == (8, 16)
 
 
-@pytest.mark.parametrize(
-    ("argument", "most"), [("--frames=16", 8), ("--height=24", 16), ("--width=32", 16)]
-)
-def test_sizes_beyond_the_training_are_refused(workdir, tmp_path, capsys, argument, most):
+@pytest.mark.parametrize("argument", ["--frames=16", "--height=24", "--width=32"])
+def test_sizes_beyond_the_training_are_refused(workdir, tmp_path, capsys, argument):
     argv = [f"--workdir={workdir}", "--prompt=red", f"--output={tmp_path / 'out.mp4'}", argument]
     message = error_of(capsys, *argv)
     assert argument.removeprefix("--") in message
-    assert (
-        f"trained on 8 frames of 16 x 16 and knows no positions beyond: expected at most {most}"
-        in message
-    )
+    assert "trained on up to 8 frames of 16 x 16 and knows no positions beyond" in message
     assert not list(tmp_path.iterdir())
 
 

@@ -93,7 +93,14 @@ def dit_size(c: ConfigDict) -> tuple[int, int, int]:
     return depth, width, heads if c.init_from else width // HEAD_SIZE
 
 
-def dit_config(c: ConfigDict, *, channels: int, out_channels: int, text_width: int) -> DiTConfig:
+def dit_config(
+    c: ConfigDict,
+    *,
+    channels: int,
+    out_channels: int,
+    text_width: int,
+    extent: tuple[int, int, int] | None = None,
+) -> DiTConfig:
     """The DiT that `config.dit` describes, for latents and texts of these sizes."""
     depth, width, heads = dit_size(c)
     return DiTConfig(
@@ -105,6 +112,7 @@ def dit_config(c: ConfigDict, *, channels: int, out_channels: int, text_width: i
         patch=c.patch,
         text_width=text_width,
         text_mode=c.text_mode,
+        extent=extent,
     )
 
 

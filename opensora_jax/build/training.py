@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -168,6 +169,18 @@ def choose(c: ConfigDict, latents: Latents, code_counts: np.ndarray | None = Non
     return c
 
 
+def check_patch(c: ConfigDict, grid: tuple[int, int, int]) -> None:
+    """Sees that the patch of `config.dit` c divides the grid evenly.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    if any(n % c.patch for n in grid[1:]):
+        raise ValueError(
+            f"dit.patch={c.patch}: expected a divisor of the latents' {grid[1]}x{grid[2]}"
+        )
+
+
 def check_sequence(c: ConfigDict, mesh: Mesh, grid: tuple[int, int, int], text_length: int) -> None:
     """Sees that the context axis divides the sequence of `config.dit` c evenly.
 
@@ -189,27 +202,28 @@ def dit_training(
     grid: tuple[int, int, int],
     text_length: int,
     text_width: int,
+    extent: tuple[int, int, int] | None = None,
     platform: str | None = None,
 ) -> DiTTraining:
     """What `config` makes of latents of this (T, H, W) `grid` and texts of these sizes.
 
     Args:
+      grid: of several sizes, with about as many tokens a batch, the largest.
+      extent: `DiTConfig.extent`.
       platform: cpu, gpu or tpu, that it is to run on; None: what this process runs on.
 
     Raises:
       ValueError: where the patch does not divide the grid.
     """
     c = config.dit
-    if any(n % c.patch for n in grid[1:]):
-        raise ValueError(
-            f"dit.patch={c.patch}: expected a divisor of the latents' {grid[1]}x{grid[2]}"
-        )
+    check_patch(c, grid)
     objective = objectives.from_fields(c)
     model = networks.dit_config(
         c,
         channels=latents.channels,
         out_channels=objective.outputs * latents.channels,
         text_width=text_width,
+        extent=extent,
     )
     task = DiTTask(
         model,
@@ -230,6 +244,17 @@ def dit_training(
         step_settings=step_settings(c, config.seed),
         throughput=throughput(tokens, n_flops),
     )
+
+
+def dataset_folders(config: ConfigDict, workdir: epath.PathLike) -> list[epath.Path]:
+    """The datasets that the DiT is trained on: those of `config.data.dataset`, or those that the
+    stage `preprocess` makes of its resolutions in the workdir."""
+    if config.data.dataset:
+        return [epath.Path(name) for name in config.data.dataset.split(",")]
+    resolution = config.preprocess.resolution
+    if isinstance(resolution, int):
+        return [epath.Path(workdir) / "dataset"]
+    return [epath.Path(workdir) / f"dataset{n}" for n in resolution]
 
 
 def local_share(mesh: Mesh, batch_size: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def check_inputs(c: ConfigDict, workdir: epath.PathLike) -> None:
     if "preprocess" in todo:
         _check_preprocess(c, workdir, read)
     if "dit" in todo:
-        _check_dit(c, read)
+        _check_dit(c, workdir, read)
     if "fidelity" in todo:
         for stage, file in (("shapes", "shapes/train/captions.json"), ("dit", "dit/model.json")):
             if stage not in c.stages and not (workdir / file).exists():
@@ -70,8 +70,12 @@ def _is_done(c: ConfigDict, workdir: epath.Path, stage: str) -> bool:
 
             return build.is_trained(workdir / stage, c[stage].steps)
         case "preprocess":
-            metadata = workdir / "dataset" / "metadata.json"
-            return metadata.exists() and files.read_json(metadata).get("complete", False)
+            from opensora_jax.build import training as build
+
+            marks = [path / "metadata.json" for path in build.dataset_folders(c, workdir)]
+            return all(
+                mark.exists() and files.read_json(mark).get("complete", False) for mark in marks
+            )
         case "fidelity":
             return (workdir / "fidelity.json").exists()
     return False
@@ -97,11 +101,12 @@ def _read_input(
 
 
 def _check_vqvae(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
+    from opensora_jax.build import training as build
     from opensora_jax.data import pipeline
 
-    made = workdir / "dataset" / "metadata.json"
-    if "preprocess" in c.stages and made.exists():
-        most = f"no more than were trained when {made.parent} was made"
+    made = [path for path in build.dataset_folders(c, workdir) if (path / "metadata.json").exists()]
+    if "preprocess" in c.stages and made:
+        most = f"no more than were trained when {made[0]} was made"
         rules.raise_invalid(c, "vqvae.steps", f"{most}; remove that folder to train on")
     read("data.videos", pipeline.find_videos)
     read("data.held_out_videos", pipeline.find_videos)
@@ -126,11 +131,13 @@ def _check_preprocess(c: ConfigDict, workdir: epath.Path, read: Callable) -> Non
         rules.check_codes(c, model.downsample, f"downsample={model.downsample} of {where}")
 
 
-def _check_dit(c: ConfigDict, read: Callable) -> None:
+def _check_dit(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
     from opensora_jax.build import networks
+    from opensora_jax.build import training as build
     from opensora_jax.convert.dit import open_blocks
     from opensora_jax.data import dataset
 
-    read("data.dataset", dataset.complete_metadata)
+    folders = build.dataset_folders(c, workdir)
+    read("data.dataset", lambda _: [dataset.complete_metadata(folder) for folder in folders])
     config = networks.dit_config(c.dit, channels=1, out_channels=1, text_width=1)
     read("dit.init_from", lambda path: open_blocks(path, config))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from opensora_jax import files
@@ -49,6 +50,18 @@ def one_of(names: Sequence[str]) -> Rule:
 
 def auto_or(rule: Rule) -> Rule:
     return Rule(lambda v: v == "auto" or rule.test(v), f"auto, or {rule.expected}")
+
+
+def one_or_several(rule: Rule) -> Rule:
+    return Rule(
+        lambda v: (
+            rule.test(v)
+            or (
+                _is_sequence(v) and len(v) == len(set(v)) > 0 and all(n and rule.test(n) for n in v)
+            )
+        ),
+        f"{rule.expected}, or several, each once",
+    )
 
 
 positive = Rule(lambda v: _is_number(v) and v > 0, "a positive number")
@@ -149,7 +162,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "quantize_to": share,
     },
     "preprocess": {
-        "resolution": at_least(1),
+        "resolution": one_or_several(at_least(1)),
         "fps": Rule(lambda v: v == 0 or frame_rate.test(v), f"0, or {frame_rate.expected}"),
         "max_frames": at_least(0),
         "n_frames": at_least(0),
@@ -169,7 +182,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "patch": at_least(1),
         "text_mode": one_of(dit.TEXT_MODES),
         "text_length": at_least(0),
-        "n_latent_frames": at_least(0),
+        "n_latent_frames": one_or_several(at_least(0)),
         "caption_dropout": share,
         "objective": one_of(tuple(OBJECTIVES)),
         "prediction": one_of(("auto", *flow.PREDICTIONS)),
@@ -315,7 +328,8 @@ def check_codes(c: ConfigDict, downsample: Sequence[int], source: str) -> None:
     factors, of = spatial, source
     if "dit" in c.stages:
         factors, of = [n * c.dit.patch for n in spatial], f"{source} x dit.patch={c.dit.patch}"
-    if any(c.preprocess.resolution % n for n in factors):
+    resolutions = np.atleast_1d(c.preprocess.resolution)
+    if any((resolutions % n).any() for n in factors):
         multiple = " and ".join(map(str, dict.fromkeys(factors)))
         raise_invalid(c, "preprocess.resolution", f"a multiple of {multiple}: {of}")
     for name in ("n_frames", "window"):
@@ -324,7 +338,7 @@ def check_codes(c: ConfigDict, downsample: Sequence[int], source: str) -> None:
     n_frames = c.preprocess.n_frames
     if not n_frames and _uses_shapes(c, "preprocess"):
         n_frames = _frames_of_shapes(c, c.preprocess.fps)
-    if "dit" in c.stages and n_frames and c.dit.n_latent_frames > n_frames // t:
+    if "dit" in c.stages and n_frames and np.max(c.dit.n_latent_frames) > n_frames // t:
         most = f"{n_frames // t}: {n_frames} frames by {source}"
         raise_invalid(c, "dit.n_latent_frames", f"at most {most}")
 

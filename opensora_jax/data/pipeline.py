@@ -5,6 +5,7 @@ Each process loads its own indices of every batch. The iterators have Grain's `g
 on any number of processes.
 """
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ def clips(
         return next(clip for clip in candidates if clip is not None)
 
     items = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
-    return _batches(items, load, batch_size=batch_size, seed=seed, indices=indices)
+    return iter(_batches(items, load, batch_size=batch_size, seed=seed, indices=indices))
 
 
 def _batches(
@@ -127,7 +128,7 @@ def _batches(
     batch_size: int,
     seed: int,
     indices: Sequence[int] | None,
-) -> grain.DatasetIterator:
+) -> grain.IterDataset:
     """Batches of what `load` makes of items, of which only `indices` are loaded.
 
     Items are dealt to indices, and each index has its generator, before anything is loaded: all
@@ -142,7 +143,7 @@ def _batches(
 
     batches = items.batch(batch_size, drop_remainder=True, batch_fn=list)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    return iter(batches.random_map(load_batch, seed=seed).to_iter_dataset(options))
+    return batches.random_map(load_batch, seed=seed).to_iter_dataset(options)
 
 
 def pad_text(text_SD: np.ndarray, length: int) -> np.ndarray:
@@ -151,46 +152,76 @@ def pad_text(text_SD: np.ndarray, length: int) -> np.ndarray:
     return np.pad(text_SD, ((0, length - len(text_SD)), (0, 0)))
 
 
-def latents(
-    dataset: LatentDataset,
-    rows: np.ndarray,
-    *,
-    batch_size: int,
-    text_length: int,
-    n_latent_frames: int,
-    stride: int,
-    seed: int | None,
-    indices: Sequence[int] | None = None,
-) -> grain.DatasetIterator:
-    """Batches of the dataset's `rows`: shuffled and endless with a seed, else in order and once.
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Examples of one size, (T, H, W) latents.
 
-    Each batch holds codes (B, T, H, W) int32, text (B, S, D) float32 and text_length (B,) int32,
-    B being the number of indices.
-
-    Args:
+    Attributes:
+      dataset: whose latents are (H, W).
+      rows: of the dataset, as long as T or longer.
+      n_latent_frames: T; of longer latents so many are cut out (the first without a seed).
       batch_size: examples of a batch, over all processes.
       indices: the examples of each batch that this process loads; None means all.
-      text_length: S; longer texts are cut.
-      n_latent_frames: T; of longer latents so many are cut out (the first without a seed).
       stride: latent frames between two places where a cut may begin: those of an encoded window, as
         a tokenizer decodes nothing that begins elsewhere as it was.
     """
 
+    dataset: LatentDataset
+    rows: np.ndarray
+    n_latent_frames: int
+    batch_size: int
+    indices: Sequence[int] | None = None
+    stride: int = 1
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(T, H, W)."""
+        return (self.n_latent_frames, *self.dataset.grid)
+
+
+def latents(
+    buckets: Sequence[Bucket], *, text_length: int, seed: int | None
+) -> grain.DatasetIterator:
+    """Batches, each of one bucket: shuffled and endless with a seed, else in order and once.
+
+    Each holds codes (B, T, H, W) int32, text (B, S, D) float32 and text_length (B,) int32, B being
+    the number of indices. Buckets take turns in proportion to their numbers of batches, in the same
+    order in all processes, so that every row comes equally often.
+
+    Args:
+      text_length: S; longer texts are cut.
+    """
+    parts = [_bucket_batches(bucket, text_length, seed) for bucket in buckets]
+    if len(parts) == 1:
+        return iter(parts[0])
+    turns = [len(bucket.rows) / bucket.batch_size for bucket in buckets]
+    return iter(grain.IterDataset.mix(parts, turns))
+
+
+def _bucket_batches(bucket: Bucket, text_length: int, seed: int | None) -> grain.IterDataset:
+    dataset, n_frames = bucket.dataset, bucket.n_latent_frames
+
     def load(row: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         example = dataset[row]
         codes, text = example[CODES], example[TEXT]
-        n_places = (len(codes) - n_latent_frames) // stride + 1
-        start = stride * int(rng.integers(n_places)) if seed is not None else 0
+        n_places = (len(codes) - n_frames) // bucket.stride + 1
+        start = bucket.stride * int(rng.integers(n_places)) if seed is not None else 0
         return {
-            "codes": codes[start : start + n_latent_frames].astype(np.int32),
+            "codes": codes[start : start + n_frames].astype(np.int32),
             "text": pad_text(text, text_length),
             "text_length": np.int32(min(len(text), text_length)),
         }
 
-    items = grain.MapDataset.source(_Rows(rows, dataset))
+    items = grain.MapDataset.source(_Rows(bucket.rows, dataset))
     if seed is not None:
         items = items.shuffle(seed=seed).repeat()
-    return _batches(items, load, batch_size=batch_size, seed=seed or 0, indices=indices)
+    return _batches(
+        items,
+        load,
+        batch_size=bucket.batch_size,
+        seed=seed or 0,
+        indices=bucket.indices,
+    )
 
 
 class _Rows:

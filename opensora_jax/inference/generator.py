@@ -1,7 +1,7 @@
 """From prompts to videos with a trained DiT: what sampling, training and grading share."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ class DiTDescription:
 
     Attributes:
       latent_grid: (T, H, W) of the latents that it was trained on.
+      latent_grids: of all sizes, where there are several; of them `latent_grid` is the first.
       text_length: tokens that texts are padded or cut to.
       vqvae, text_model: where the tokenizer and the text model are.
       fps: frames a second of the training videos.
@@ -46,13 +47,14 @@ class DiTDescription:
     fps: float
     downsample: tuple[int, int, int]
     window: int | None = None
+    latent_grids: tuple[tuple[int, int, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             "dit": dataclasses.asdict(self.dit),
             **objectives.to_fields(self.objective),
             "latent_table": self.latents.table.tolist(),
-            **{name: getattr(self, name) for name in (*_PLAIN, "window")},
+            **{name: getattr(self, name) for name in (*_PLAIN, *_NEW)},
         }
 
     @classmethod
@@ -71,11 +73,13 @@ class DiTDescription:
             objective=objectives.from_fields(found),
             latents=Latents(np.asarray(found["latent_table"], np.float32)),
             **{name: found[name] for name in _PLAIN},
-            window=found.get("window"),  # which older ones lack
+            **{name: found[name] for name in _NEW if name in found},
         )
 
 
+# Of model.json; older ones lack the latter.
 _PLAIN = ("latent_grid", "text_length", "vqvae", "text_model", "fps", "downsample")
+_NEW = ("window", "latent_grids")
 
 
 class Generator:
@@ -159,14 +163,27 @@ class Generator:
             factor = d.downsample[i] * (d.dit.patch if i else 1)
             if size < 1 or size % factor:
                 raise ValueError(f"{name}={size}: expected a positive multiple of {factor}")
-            if size // d.downsample[i] > grid[i]:
-                t, h, w = (n * k for n, k in zip(d.latent_grid, d.downsample, strict=True))
-                raise ValueError(
-                    f"{name}={size}: this model was trained on {t} frames of {h} x {w} and knows "
-                    f"no positions beyond: expected at most {grid[i] * d.downsample[i]}"
-                )
             grid[i] = size // d.downsample[i]
+        if not any(_contains(trained, grid) for trained in self.grids):
+            t, h, w = self._pixels(grid)
+            largest = [
+                a for a in self.grids if not any(_contains(b, a) for b in self.grids if b != a)
+            ]
+            known = " and ".join("{} frames of {} x {}".format(*self._pixels(g)) for g in largest)
+            raise ValueError(
+                f"frames={t}, height={h}, width={w}: this model was trained on up to {known} and "
+                "knows no positions beyond: expected no more"
+            )
         return tuple(grid)
+
+    @property
+    def grids(self) -> list[tuple[int, int, int]]:
+        """Sizes of latents (T, H, W) that it was trained on."""
+        d = self._description
+        return [tuple(grid) for grid in d.latent_grids or (d.latent_grid,)]
+
+    def _pixels(self, grid):
+        return [n * k for n, k in zip(grid, self._description.downsample, strict=True)]
 
     def sample(
         self,
@@ -227,3 +244,8 @@ class Generator:
                 video_io.write_video(path, video, self.fps)
             entries.append({"file": name, "prompt": prompt})
         files.write_json(folder / "prompts.json", entries)
+
+
+def _contains(trained: tuple[int, int, int], grid: Sequence[int]) -> bool:
+    """Whether a grid reaches no further than another along any axis."""
+    return all(n <= most for n, most in zip(grid, trained, strict=True))

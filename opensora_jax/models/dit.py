@@ -57,6 +57,8 @@ class DiTConfig:
       patch: p; a token is a (1, p, p) patch of latents.
       text_width: E, width of the text features.
       text_mode: one of `TEXT_MODES`.
+      extent: (T, H, W) tokens that grids of all sizes are stretched to where the network is told
+        absolute positions; None: it is told them as they are, of one size.
 
     Raises:
       ValueError: an unknown text mode, or a width that is no even multiple of the heads.
@@ -70,6 +72,7 @@ class DiTConfig:
     patch: int
     text_width: int
     text_mode: str = "cross_attention"
+    extent: tuple[int, int, int] | None = None
 
     def __post_init__(self):
         if self.text_mode not in TEXT_MODES:
@@ -341,7 +344,8 @@ class DiT(nnx.Module):
         x_BND = self.patch_embedding(_to_patches(x_BTHWC.astype(dtype), p))
         n, width = x_BND.shape[1:]
         tokens = (t, h // p, w // p)
-        x_BND = x_BND + layers.sinusoidal_positions(tokens, width).astype(dtype)
+        positions_ND = layers.sinusoidal_positions(tokens, width, self.config.extent)
+        x_BND = x_BND + positions_ND.astype(dtype)
         angles_NK = layers.rotary_angles(tokens, self.config.head_size)
         text = {"text_BSD": text_BSD, "text_lengths_B": text_lengths_B}
         if self.config.text_mode == "in_context":

@@ -166,13 +166,25 @@ def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10_000.0)
     return jnp.pad(embedding, ((0, 0), (0, width - 2 * half)))
 
 
-def sinusoidal_positions(grid: tuple[int, int, int], width: int) -> jax.Array:
+def sinusoidal_positions(
+    grid: tuple[int, int, int], width: int, extent: tuple[int, int, int] | None = None
+) -> jax.Array:
     """Fixed embedding (N, width) of absolute positions in a (T, H, W) grid of tokens, float32.
 
     Time, height and width get a third of the channels each, what is left over being zero.
+
+    Args:
+      extent: (T, H, W) that the grid is stretched to, so that the same place of a video is the same
+        in any size; None: positions are as they are.
     """
     each = width // 6 * 2
-    positions = jnp.meshgrid(*[jnp.arange(n, dtype=jnp.float32) for n in grid], indexing="ij")
+
+    def centers(n, n_extent):
+        positions = jnp.arange(n, dtype=jnp.float32)
+        return positions if n == n_extent else (positions + 0.5) * (n_extent / n) - 0.5
+
+    along = [centers(*sizes) for sizes in zip(grid, extent or grid, strict=True)]
+    positions = jnp.meshgrid(*along, indexing="ij")
     parts = [timestep_embedding(p.reshape(-1), each, max_period=100.0) for p in positions]
     embedding = jnp.concatenate(parts, axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, width - 3 * each)))

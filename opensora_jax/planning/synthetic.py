@@ -23,10 +23,11 @@ _COMPONENTS = 16
 
 
 def latent_grid(config: ConfigDict) -> tuple[int, int, int]:
-    """(T, H, W) of an example's latents."""
+    """(T, H, W) of an example's latents; of several sizes the largest, all with as many tokens."""
     t, h, w = config.vqvae.downsample
-    n_frames = config.dit.n_latent_frames or config.vqvae.n_frames // t
-    return n_frames, config.preprocess.resolution // h, config.preprocess.resolution // w
+    n_frames = int(np.max(config.dit.n_latent_frames)) or config.vqvae.n_frames // t
+    resolution = int(np.max(config.preprocess.resolution))
+    return n_frames, resolution // h, resolution // w
 
 
 def n_tokens(config: ConfigDict) -> int:

@@ -1,7 +1,8 @@
 """The stage that trains the DiT on an Arrow dataset."""
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert.dit import open_blocks
 from opensora_jax.data import dataset, pipeline
 from opensora_jax.data.dataset import LatentDataset
-from opensora_jax.data.parts import TEXT
+from opensora_jax.data.parts import TEXT, DatasetError
 from opensora_jax.diffusion import objectives
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.tasks.dit import DiTTask, Latents
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 N_PROMPTS = 8
 # Share of the rows that are long enough for the length that is chosen where none is asked for.
 USABLE = 0.9
-# Batches that a validation loss is the mean of.
+# Batches that a validation loss is the mean of, at least.
 N_VALIDATION_BATCHES = 4
 
 
@@ -59,22 +60,30 @@ def run(config: ConfigDict, workdir: Path) -> None:
         _expect_same_model(c, folder)
         logger.info("dit: %s: done already", folder)
         return
-    data = dataset.open_dataset(config.data.dataset or epath.Path(workdir) / "dataset")
-    n_frames = c.n_latent_frames or (begun.latent_grid[0] if begun else _usual_frames(data))
-    text_length = c.text_length or int(data.index.text_lengths.max())
-    rows, validation_rows = _usable_rows(data, n_frames, c.validation_share)
-    grid = (n_frames, *data.grid)
-    latents = _latents(c, data, folder, begun)
-    c = config.dit = build.choose(c, latents, data.code_counts)
+    sets = [dataset.open_dataset(path) for path in build.dataset_folders(config, workdir)]
+    _expect_alike(sets)
+    data, mesh = sets[0], mesh_lib.make_mesh(config.mesh)
+    lengths = np.atleast_1d(
+        c.n_latent_frames or (begun.latent_grid[0] if begun else _usual_frames(data))
+    )
+    text_length = c.text_length or max(int(part.index.text_lengths.max()) for part in sets)
+    training_part, validation_part = _buckets(c, sets, [int(n) for n in lengths], mesh)
+    grids = [bucket.grid for bucket in training_part]
+    for grid in grids:
+        build.check_patch(c, grid)
+        build.check_sequence(c, mesh, grid, text_length)
+    code_counts = sum(part.code_counts for part in sets)
+    latents = _latents(c, data, code_counts, folder, begun)
+    c = config.dit = build.choose(c, latents, code_counts)
     training = build.dit_training(
         config,
         latents,
-        grid=grid,
+        grid=max(grids, key=math.prod),
         text_length=text_length,
         text_width=data.metadata["text_width"],
+        extent=_extent(grids, c.patch) if len(grids) > 1 else None,
     )
-    task, mesh = training.task, mesh_lib.make_mesh(config.mesh)
-    build.check_sequence(c, mesh, grid, text_length)
+    task = training.task
     start_from = dict
     if c.init_from:  # checked before the folder is taken, so that sizes can still be changed
         start_from = open_blocks(c.init_from, task.config)
@@ -82,36 +91,28 @@ def run(config: ConfigDict, workdir: Path) -> None:
         dit=task.config,
         objective=task.objective,
         latents=task.latents,
-        latent_grid=grid,
+        latent_grid=grids[0],
+        latent_grids=tuple(grids) if len(grids) > 1 else (),
         text_length=text_length,
         **{name: data.metadata[name] for name in ("vqvae", "text_model", "fps", "downsample")},
         window=data.metadata.get("window"),
     )
-    checkpoint.record_model(folder, description.to_json(), new_keys=("window",))
-
-    def batches(rows: np.ndarray, seed: int | None) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.latents(
-            data,
-            rows,
-            text_length=text_length,
-            n_latent_frames=n_frames,
-            stride=data.window_latents,
-            seed=seed,
-            **build.local_share(mesh, c.batch_size),
-        )
+    checkpoint.record_model(folder, description.to_json(), new_keys=("window", "latent_grids"))
 
     evaluations = []
-    if len(validation_rows):
-        validation = Validation(task, batches(validation_rows, 0), mesh, c.accumulate)
+    if validation_part:
+        validation_batches = pipeline.latents(validation_part, text_length=text_length, seed=0)
+        n = max(N_VALIDATION_BATCHES, len(validation_part))
+        validation = Validation(task, validation_batches, n, mesh, c.accumulate)
         evaluations.append(loop.Evaluation(c.eval_every, validation))
-    prompts = list(config.sample.prompts) or _prompts(data, validation_rows)
+    prompts = list(config.sample.prompts) or _prompts(data, validation_part)
     samples = SampleVideos(config, folder, task, description, prompts, mesh)
     evaluations.append(loop.Evaluation(c.eval_every, samples))
     loop.fit(
         task,
         training.tx,
         training.schedule,
-        batches(rows, config.seed),
+        pipeline.latents(training_part, text_length=text_length, seed=config.seed),
         mesh=mesh,
         folder=folder,
         settings=build.loop_settings(c, config.profile),
@@ -132,7 +133,7 @@ def _expect_same_model(c: ConfigDict, folder: epath.Path) -> None:
     """
     found = checkpoint.read_model(folder)
     there = DiTDescription.read(folder).dit
-    sizes = {"channels": there.channels, "text_width": there.text_width}
+    sizes = {name: getattr(there, name) for name in ("channels", "text_width", "extent")}
     asked = networks.dit_config(c, out_channels=there.out_channels, **sizes)
     settings: dict[str, Any] = {"dit": vars(asked)}
     settings |= objectives.to_fields(objectives.from_fields(c))
@@ -142,7 +143,11 @@ def _expect_same_model(c: ConfigDict, folder: epath.Path) -> None:
 
 
 def _latents(
-    c: ConfigDict, data: LatentDataset, folder: epath.Path, begun: DiTDescription | None
+    c: ConfigDict,
+    data: LatentDataset,
+    code_counts: np.ndarray,
+    folder: epath.Path,
+    begun: DiTDescription | None,
 ) -> Latents:
     """Those of `config.dit` c, or of the training that was begun in `folder`, if it fits.
 
@@ -159,7 +164,54 @@ def _latents(
             )
         if len(there.table) == len(data.codebook):
             return there
-    return build.latents(c, data.codebook, data.code_counts)
+    return build.latents(c, data.codebook, code_counts)
+
+
+def _expect_alike(sets: Sequence[LatentDataset]) -> None:
+    """Sees that datasets of several sizes were made by the same models.
+
+    Raises:
+      DatasetError: naming what differs.
+    """
+    first, *rest = sets
+    for other in rest:
+        for key in ("vqvae_fingerprint", "text_model", "downsample", "fps", "window"):
+            one, two = first.metadata.get(key), other.metadata.get(key)
+            if one != two:
+                raise DatasetError(
+                    f"{other.folder}: {key}={files.short(two)}: expected {files.short(one)}, as in "
+                    f"{first.folder}"
+                )
+        if not np.array_equal(first.codebook, other.codebook):
+            raise DatasetError(f"{other.folder}: expected the codebook of {first.folder}")
+
+
+def _buckets(
+    c: ConfigDict, sets: Sequence[LatentDataset], lengths: Sequence[int], mesh: Mesh
+) -> tuple[list[pipeline.Bucket], list[pipeline.Bucket]]:
+    """(training, validation): every dataset at every length, all batches of about as many tokens.
+
+    The largest size has batches of `dit.batch_size`, smaller ones larger batches.
+    """
+    n_tokens = {(part.grid, n): n * math.prod(part.grid) for part in sets for n in lengths}
+    multiple = mesh.shape["data"] * mesh.shape["fsdp"] * c.accumulate
+    found = [], []
+    for part in sets:
+        for n in lengths:
+            size = c.batch_size * max(n_tokens.values()) // n_tokens[part.grid, n]
+            share = build.local_share(mesh, max(size // multiple, 1) * multiple)
+            split = _usable_rows(part, n, c.validation_share)
+            for buckets, rows in zip(found, split, strict=True):
+                if len(rows):
+                    bucket = pipeline.Bucket(part, rows, n, **share, stride=part.window_latents)
+                    buckets.append(bucket)
+    return found
+
+
+def _extent(grids: Sequence[tuple[int, int, int]], patch: int) -> tuple[int, int, int]:
+    """The most tokens along each axis."""
+    t, h, w = np.max(grids, axis=0).tolist()
+    return t, h // patch, w // patch
 
 
 def _usual_frames(data: LatentDataset) -> int:
@@ -191,9 +243,12 @@ def _usable_rows(
     return rows, validation_rows
 
 
-def _prompts(data: LatentDataset, validation_rows: np.ndarray) -> dict[str, Any] | list[str]:
+def _prompts(
+    data: LatentDataset, validation: Sequence[pipeline.Bucket]
+) -> dict[str, Any] | list[str]:
     """Captions of the validation videos; where rows have none, their text features, by a name."""
-    rows = validation_rows if len(validation_rows) else np.arange(min(200, len(data)))
+    rows = validation[0].rows if validation else np.arange(min(200, len(data)))
+    data = validation[0].dataset if validation else data
     if data.has_column("caption"):
         captions = dict.fromkeys(data.column(int(i), "caption") for i in rows[:200])
         return list(captions)[:N_PROMPTS]
@@ -211,14 +266,13 @@ class Validation:
         self,
         task: DiTTask,
         batches: Iterator[dict[str, np.ndarray]],
+        n_batches: int,
         mesh: Mesh,
         accumulate: int,
     ):
         self._step, self._mesh = jax.jit(task.eval_step, static_argnames="accumulate"), mesh
         self._accumulate = accumulate
-        self._batches = [
-            mesh_lib.shard_batch(next(batches), mesh) for _ in range(N_VALIDATION_BATCHES)
-        ]
+        self._batches = [mesh_lib.shard_batch(next(batches), mesh) for _ in range(n_batches)]
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         key = rngs.key(0, "validation")

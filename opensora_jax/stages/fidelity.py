@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from opensora_jax import files
@@ -22,7 +23,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     {"step": of that checkpoint, "seen": {"all", "color", "shape", "direction"}, "held_out": {...},
     "n_samples": {...}}: shares of the samples that show what their caption says, for combinations
-    that were trained on and for those that never were.
+    that were trained on and for those that never were. Of a model of several sizes of videos there
+    is "sizes", too: by frames x height x width what "seen" says, of all combinations.
     """
     workdir = Path(workdir)
     path = workdir / "fidelity.json"
@@ -38,21 +40,32 @@ def run(config: ConfigDict, workdir: Path) -> None:
         for i, combination in enumerate(combinations)
     ]
     generator = Generator.load(workdir / "dit", mesh_lib.make_mesh(config.mesh))
-    videos = generator.sample(
-        prompts,
-        params=generator.restore(workdir / "dit"),
-        steps=config.sample.steps,
-        guidance=config.sample.guidance,
-        ancestral=config.sample.ancestral,
-        seed=config.seed + 1,
-        batch_size=config.fidelity.batch_size,
-    )
+    params = generator.restore(workdir / "dit")
+
+    def draw(grid: tuple[int, int, int]) -> np.ndarray:
+        return generator.sample(
+            prompts,
+            params=params,
+            steps=config.sample.steps,
+            guidance=config.sample.guidance,
+            ancestral=config.sample.ancestral,
+            seed=config.seed + 1,
+            grid=grid,
+            batch_size=config.fidelity.batch_size,
+        )
+
+    videos = draw(generator.grids[0])
     result = {"step": step, "n_samples": {}}
     for name, group in (("seen", moving_shapes.SEEN), ("held_out", moving_shapes.HELD_OUT)):
         index = [i for i, combination in enumerate(combinations) if combination in group]
         result["n_samples"][name] = len(index)
         if index:
             result[name] = shapes.score(videos[index], [combinations[i] for i in index])
+    for i, grid in enumerate(generator.grids):
+        sized = draw(grid) if i else videos
+        size = "x".join(map(str, sized.shape[1:4]))
+        if len(generator.grids) > 1:
+            result.setdefault("sizes", {})[size] = shapes.score(sized, combinations)
     if jax.process_index() == 0:
         files.write_json(path, result)
     logger.info("fidelity: %s", json.dumps(result))

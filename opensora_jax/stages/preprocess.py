@@ -19,6 +19,7 @@ from etils import epath
 from tqdm import tqdm
 
 from opensora_jax import files, lock
+from opensora_jax.build import training as build
 from opensora_jax.data import dataset, dataset_writer, parts, video_io
 from opensora_jax.data.captions import expect_a_video, read_captions
 from opensora_jax.data.clips import Clip, Failed, Filtered, decode_clips
@@ -39,7 +40,8 @@ PART_BYTES = 2**26
 
 
 def run(config, workdir: str | os.PathLike) -> None:
-    """The stage `preprocess`: makes `workdir/dataset` by `config.data` and `config.preprocess`.
+    """The stage `preprocess`: makes `workdir/dataset` by `config.data` and `config.preprocess`, or,
+    of several resolutions, a dataset of each.
 
     Without captions or videos in the config it takes the moving shapes of the stage `shapes`,
     without a VQ-VAE the one of the stage `vqvae`, without a text model a small random one.
@@ -56,21 +58,23 @@ def run(config, workdir: str | os.PathLike) -> None:
         )
         words = [caption for entry in read_captions(captions) for caption in entry["captions"]]
         make_small_text_model(text_model, words)
-    preprocess(
-        captions,
-        data.videos or workdir / "shapes" / "train" / "videos",
-        workdir / "dataset",
-        vqvae=data.vqvae or workdir / "vqvae",
-        text_model=text_model,
-        resolution=options.resolution,
-        fps=options.fps or None,
-        max_frames=options.max_frames or None,
-        n_frames=options.n_frames or None,
-        window=options.window or None,
-        batch_size=options.batch_size,
-        videos_per_part=options.videos_per_part,
-        flat=options.get("flat", False),
-    )
+    folders = build.dataset_folders(config, workdir)
+    for folder, resolution in zip(folders, np.atleast_1d(options.resolution), strict=True):
+        preprocess(
+            captions,
+            data.videos or workdir / "shapes" / "train" / "videos",
+            folder,
+            vqvae=data.vqvae or workdir / "vqvae",
+            text_model=text_model,
+            resolution=int(resolution),
+            fps=options.fps or None,
+            max_frames=options.max_frames or None,
+            n_frames=options.n_frames or None,
+            window=options.window or None,
+            batch_size=options.batch_size,
+            videos_per_part=options.videos_per_part,
+            flat=options.get("flat", False),
+        )
 
 
 def preprocess(

@@ -109,7 +109,8 @@ def fit(
                 *(folder.name, done, settings.steps),
             )
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        update = jit_train_step(task, tx, schedule, step_settings, shardings)
+        train_step = jit_train_step(task, tx, schedule, step_settings, shardings)
+        compiled: dict[tuple, Callable] = {}  # by the shapes of the batch
 
         with (
             contextlib.closing(MetricsWriter(folder, done)) as log,
@@ -127,6 +128,15 @@ def fit(
             def draw() -> dict[str, jax.Array]:
                 with jax.transfer_guard_host_to_device("allow"):  # the one transfer there is to be
                     return mesh_lib.shard_batch(next(batches), mesh)
+
+            def update_for(batch: dict[str, jax.Array]) -> Callable:
+                shapes = tuple((name, batch[name].shape) for name in sorted(batch))
+                if shapes not in compiled:
+                    start = time.perf_counter()
+                    with preemption.interruptible(), jax.set_mesh(mesh):
+                        compiled[shapes] = train_step.lower(state, batch).compile()
+                    window.pause(time.perf_counter() - start)
+                return compiled[shapes]
 
             def save(step: int) -> None:
                 nonlocal saved
@@ -163,10 +173,7 @@ def fit(
                 evaluate(done)  # the run before stopped between checkpoint and evaluations
             if done < settings.steps:
                 batch = window.timed(draw)
-                start = time.perf_counter()
-                with preemption.interruptible(), jax.set_mesh(mesh):
-                    update = update.lower(state, batch).compile()
-                window.pause(time.perf_counter() - start)
+                update = update_for(batch)
 
             for step in range(done + 1, settings.steps + 1):
                 is_last = step == settings.steps
@@ -198,6 +205,8 @@ def fit(
                     if step % settings.checkpoint_every == 0 or is_last:
                         save(step)
                     evaluate(step)
+                    if not is_last:
+                        update = update_for(batch)
                 except Stopped:
                     if saved != step:
                         save(step)

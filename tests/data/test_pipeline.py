@@ -1,6 +1,7 @@
 """Input pipelines: the same batches on any number of processes."""
 
 import itertools
+import json
 import logging
 
 import numpy as np
@@ -37,16 +38,8 @@ def data(tmp_path_factory):
 
 
 def latents(data, indices=None, seed=0, stride=1):
-    return pipeline.latents(
-        data,
-        np.arange(N_ROWS),
-        batch_size=BATCH,
-        text_length=3,
-        n_latent_frames=3,
-        stride=stride,
-        seed=seed,
-        indices=indices,
-    )
+    bucket = pipeline.Bucket(data, np.arange(N_ROWS), 3, BATCH, indices, stride)
+    return pipeline.latents([bucket], text_length=3, seed=seed)
 
 
 def draw(iterator, n):
@@ -118,6 +111,30 @@ def test_without_a_seed_rows_come_once_and_in_order(data):
     batches = list(latents(data, seed=None))
     np.testing.assert_array_equal(row_numbers(batches).reshape(-1), np.arange(N_ROWS))
     assert (batches[0]["codes"][:, 0] == 0).all()
+
+
+def test_buckets_take_turns_by_their_batches_and_go_on_where_they_were(data):
+    rows = np.arange(N_ROWS)
+
+    def buckets():
+        parts = [pipeline.Bucket(data, rows, 2, 12), pipeline.Bucket(data, rows, 4, 4)]
+        return pipeline.latents(parts, text_length=3, seed=0)
+
+    whole = draw(buckets(), 16)
+    shapes = [batch["codes"].shape[:2] for batch in whole]
+    # Two epochs of 24 rows.
+    assert shapes.count((12, 2)) == 4
+    assert shapes.count((4, 4)) == 12
+    for n_frames in (2, 4):
+        batches = [batch for batch in whole if batch["codes"].shape[1] == n_frames]
+        numbers = [int(n) for batch in batches for n in batch["text"][:, 0, 0]]
+        assert sorted(numbers) == sorted([*range(N_ROWS)] * 2)
+    first, other = buckets(), buckets()
+    draw(first, 7)
+    other.set_state(json.loads(json.dumps(first.get_state())))
+    for batch, again in zip(whole[7:], draw(other, 9), strict=True):
+        for name, array in batch.items():
+            np.testing.assert_array_equal(again[name], array)
 
 
 @pytest.fixture(scope="module")

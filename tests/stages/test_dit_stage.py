@@ -46,22 +46,22 @@ METADATA = {
 }
 
 
-def write_dataset(folder):
+def write_dataset(folder, grid=(2, 4, 4)):
     rng = np.random.default_rng(0)
     rows = [
         {
             "video_file": f"video{i}.mp4",
             "caption": f"caption {i}",
             "fps": 8.0,
-            "video_latent_states": rng.integers(0, N_CODES, (2, 4, 4)),
+            "video_latent_states": rng.integers(0, N_CODES, grid),
             "text_latent_states": rng.normal(size=(3, TEXT_WIDTH)).astype(np.float32),
         }
         for i in range(16)
     ]
     write_part(folder, 0, rows, N_CODES, {"kept": 16, "filtered": [], "failed": []})
-    dataset_writer.finish_dataset(
-        folder, METADATA, rng.normal(size=(N_CODES, DIM)).astype(np.float32)
-    )
+    codebook = np.random.default_rng(1).normal(size=(N_CODES, DIM)).astype(np.float32)
+    resolution = [2 * n for n in grid[1:]]
+    dataset_writer.finish_dataset(folder, METADATA | {"resolution": resolution}, codebook)
 
 
 def make_config(data, **given):
@@ -128,6 +128,37 @@ def test_weights_and_averages_start_from_the_checkpoint_and_are_sharded():
         assert array.sharding == sharding
     kernel = state.ema["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size / 4
+
+
+def test_one_model_learns_several_sizes(data, tmp_path):
+    write_dataset(tmp_path / "wide", (4, 4, 6))
+    names = f"{data},{tmp_path / 'wide'}"
+    sizes = {"n_latent_frames": (1, 2), "batch_size": 4, "log_every": 1, "init_from": ""}
+    config = make_config(names, steps=30, validation_share=0.2, **sizes)
+    stage.run(config, tmp_path / "run")
+    folder = tmp_path / "run" / "dit"
+    description = DiTDescription.read(folder)
+    assert description.latent_grids == [[1, 4, 4], [2, 4, 4], [1, 4, 6], [2, 4, 6]]
+    assert description.dit.extent == [2, 2, 3]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 31))
+    assert any("validation_loss" in line for line in lines)
+    # And goes on, as it was.
+    config.dit.steps = 32
+    stage.run(config, tmp_path / "run")
+    assert checkpoint.latest_step(folder) == 32
+
+
+def test_sizes_of_one_training_have_one_tokenizer(data, tmp_path):
+    other = tmp_path / "other"
+    write_dataset(other)
+    np.save(other / "codebook.npy", np.zeros((N_CODES, DIM), np.float32))
+    metadata = json.loads((other / "metadata.json").read_text())
+    metadata["vqvae_fingerprint"] = "another"
+    del metadata["files"], metadata["checksum"]
+    (other / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match=r"vqvae_fingerprint=.*another.*expected .*abc"):
+        stage.run(make_config(f"{data},{other}", init_from=""), tmp_path / "run")
 
 
 def test_what_does_not_fit_is_told_before_anything_is_written(data, tmp_path):
