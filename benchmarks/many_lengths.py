@@ -90,12 +90,14 @@ def main() -> None:
     make_archive(archive)
     train = data / "train"
 
+    python_path = [str(args.repository.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+
     def run(*words: str | Path) -> None:
         start = time.perf_counter()
         subprocess.run(
             [sys.executable, *map(str, words)],
             cwd=args.repository,
-            env=os.environ | {"PYTHONPATH": str(args.repository.resolve())},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(python_path)},
             check=True,
         )
         print(f"{time.perf_counter() - start:7.0f} s  {words[0]} {words[1]}", flush=True)

@@ -105,9 +105,9 @@ KINDS = {
 def work(args: argparse.Namespace) -> None:
     """A process of one kind: prints its facts, then seconds for each number of steps it reads."""
     if args.worker == "ours":
-        from opensora_jax import runtime
+        from opensora_jax import process
 
-        runtime.use_huge_pages()  # as main does
+        process.use_huge_pages()  # as main does
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     facts, run = KINDS[args.worker](configuration(args, args.cases[0]))

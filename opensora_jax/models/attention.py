@@ -79,10 +79,16 @@ def attention(
     return mesh.constrain(out_BNHK, *sharded)
 
 
-def _cudnn(q, k, v, lengths=None):
-    return jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+def _cudnn(q_BNHK, k_BSHK, v_BSHK, lengths_B=None, implementation="cudnn"):
+    (b, n), s = q_BNHK.shape[:2], k_BSHK.shape[1]
+    if lengths_B is None and s % 2:
+        lengths_B = jnp.full((b,), s, jnp.int32)
+    # In training it takes even numbers of tokens only.
+    q_BNHK, k_BSHK, v_BSHK = (_padded(x, 2) for x in (q_BNHK, k_BSHK, v_BSHK))
+    out_BNHK = jax.nn.dot_product_attention(
+        q_BNHK, k_BSHK, v_BSHK, key_value_seq_lengths=lengths_B, implementation=implementation
     )
+    return out_BNHK[:, :n]
 
 
 def _splash(q_BNHK, k_BSHK, v_BSHK, lengths_B=None, interpret=False):
@@ -128,8 +134,13 @@ def _block(n: int) -> int:
 
 def _heads_first(x_BNHK: jax.Array, block: int) -> jax.Array:
     """(B, H, N, K) with N padded to a multiple of `block`."""
-    pad = -x_BNHK.shape[1] % block
-    return jnp.pad(x_BNHK, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+    return _padded(x_BNHK, block).transpose(0, 2, 1, 3)
+
+
+def _padded(x_BNHK: jax.Array, multiple: int) -> jax.Array:
+    """With zeros after the last token, so that there are a multiple of so many."""
+    pad = -x_BNHK.shape[1] % multiple
+    return jnp.pad(x_BNHK, ((0, 0), (0, pad), (0, 0), (0, 0))) if pad else x_BNHK
 
 
 def _xla(q, k, v, lengths=None):

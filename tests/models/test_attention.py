@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opensora_jax.models import attention as attention_lib
 from opensora_jax.models.attention import attention
 
 
@@ -55,3 +56,22 @@ def test_bfloat16_stays_bfloat16_and_close(arrays):
         assert a.dtype == jnp.bfloat16
         error = np.linalg.norm(a.astype(jnp.float32) - b) / np.linalg.norm(b)
         assert error < 0.02
+
+
+@pytest.mark.parametrize(("n", "s"), [(6, 5), (5, 6), (5, 5), (4, 4)])
+@pytest.mark.parametrize("with_lengths", [True, False])
+def test_cudnn_gets_even_numbers_of_tokens_for_the_same_attention(n, s, with_lengths, monkeypatch):
+    """Where there is no GPU, XLA computes what cuDNN is given."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, m, 3, 8)) for i, m in enumerate((n, s, s)))
+    lengths = jnp.array([2, s], jnp.int32) if with_lengths else None
+    given = []
+    product = jax.nn.dot_product_attention
+
+    def spy(q, k, v, **options):
+        given.extend([q.shape[1], k.shape[1], v.shape[1]])
+        return product(q, k, v, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    out = attention_lib._cudnn(q, k, v, lengths, implementation="xla")
+    assert not any(size % 2 for size in given)
+    np.testing.assert_allclose(out, attention(q, k, v, lengths), atol=1e-5)

@@ -46,7 +46,7 @@ METADATA = {
 }
 
 
-def write_dataset(folder, grid=(2, 4, 4)):
+def write_dataset(folder, grid=(2, 4, 4), **metadata):
     rng = np.random.default_rng(0)
     rows = [
         {
@@ -61,7 +61,9 @@ def write_dataset(folder, grid=(2, 4, 4)):
     write_part(folder, 0, rows, N_CODES, {"kept": 16, "filtered": [], "failed": []})
     codebook = np.random.default_rng(1).normal(size=(N_CODES, DIM)).astype(np.float32)
     resolution = [2 * n for n in grid[1:]]
-    dataset_writer.finish_dataset(folder, METADATA | {"resolution": resolution}, codebook)
+    dataset_writer.finish_dataset(
+        folder, METADATA | {"resolution": resolution} | metadata, codebook
+    )
 
 
 def make_config(data, **given):
@@ -151,12 +153,7 @@ def test_one_model_learns_several_sizes(data, tmp_path):
 
 def test_sizes_of_one_training_have_one_tokenizer(data, tmp_path):
     other = tmp_path / "other"
-    write_dataset(other)
-    np.save(other / "codebook.npy", np.zeros((N_CODES, DIM), np.float32))
-    metadata = json.loads((other / "metadata.json").read_text())
-    metadata["vqvae_fingerprint"] = "another"
-    del metadata["files"], metadata["checksum"]
-    (other / "metadata.json").write_text(json.dumps(metadata))
+    write_dataset(other, vqvae_fingerprint="another")
     with pytest.raises(ValueError, match=r"vqvae_fingerprint=.*another.*expected .*abc"):
         stage.run(make_config(f"{data},{other}", init_from=""), tmp_path / "run")
 
