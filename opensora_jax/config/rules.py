@@ -130,6 +130,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "captions": text,
         "videos": text,
         "held_out_videos": text,
+        "workers": at_least(0),
         "dataset": text,
         "vqvae": text,
         "text_model": text,

@@ -6,7 +6,9 @@ on any number of processes.
 """
 
 import dataclasses
+import functools
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +20,12 @@ from opensora_jax.data import video_io
 from opensora_jax.data.dataset import LatentDataset
 from opensora_jax.data.parts import CODES, TEXT
 from opensora_jax.data.video_file import VIDEO_SUFFIXES
+from opensora_jax.data.video_window import Timeline
 
 logger = logging.getLogger(__name__)
 
-# Decoded clips are kept up to this size: small folders are decoded once, not once an epoch.
-CACHE_BYTES = 2**30
+# Videos whose timelines are kept, each some kilobytes.
+_N_TIMELINES = 4096
 
 
 def find_videos(folder: str | Path) -> list[Path]:
@@ -50,8 +53,8 @@ class ClipSource:
     ):
         self._paths, self._n_frames = list(paths), n_frames
         self._resolution, self._fps = resolution, fps
-        self._cache: dict[int, np.ndarray | None] = {}
-        self._room = CACHE_BYTES
+        self._timeline = functools.lru_cache(_N_TIMELINES)(self._read_timeline)
+        self._named: set[int] = set()  # in the log
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -66,43 +69,38 @@ class ClipSource:
     def clip(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
         """{"video": uint8 (n_frames, H, W, 3)} from where in the video `rng` chooses.
 
-        None for a video that cannot be read or is too short; it is named once in the log.
+        None where these frames cannot be read, or the video is too short; it is named once in the
+        log.
         """
-        if index in self._cache:
-            return self._cut(self._cache[index], rng)
-        video, reason = None, None
         try:
-            video = self._read(index)
+            timeline = self._timeline(index)
+            start = int(rng.integers(len(timeline) - self._n_frames + 1))
+            return {"video": timeline.window(start, self._n_frames, self._resolution)}
         except video_io.VideoError as error:
-            reason = error
-        with self._lock:
-            # Another thread may have read it meanwhile.
-            if reason is not None and index not in self._cache:
-                logger.warning("left out: %s", reason)
-            size = 0 if video is None else video.nbytes
-            if size <= self._room and index not in self._cache:
-                self._room -= size
-                self._cache[index] = video
-        return self._cut(video, rng)
-
-    def _read(self, index):
-        path = self._paths[index]
-        video = video_io.read_video(path, resolution=self._resolution, fps=self._fps)
-        if len(video) < self._n_frames:
-            raise video_io.VideoError(
-                path, f"{len(video)} frames, expected at least {self._n_frames}"
-            )
-        return video
-
-    def _cut(self, video, rng):
-        if video is None:
+            with self._lock:
+                is_new = index not in self._named
+                self._named.add(index)
+            if is_new:
+                logger.warning("left out: %s", error)
             return None
-        start = int(rng.integers(len(video) - self._n_frames + 1))
-        return {"video": video[start : start + self._n_frames]}
+
+    def _read_timeline(self, index):
+        path = self._paths[index]
+        timeline = Timeline.read(path, self._fps)
+        if len(timeline) < self._n_frames:
+            raise video_io.VideoError(
+                path, f"{len(timeline)} frames, expected at least {self._n_frames}"
+            )
+        return timeline
 
 
 def clips(
-    source: ClipSource, *, batch_size: int, seed: int, indices: Sequence[int] | None = None
+    source: ClipSource,
+    *,
+    batch_size: int,
+    seed: int,
+    indices: Sequence[int] | None = None,
+    workers: int = 0,
 ) -> grain.DatasetIterator:
     """Endless shuffled batches {"video": uint8 (len(indices), T, H, W, 3)}.
 
@@ -111,6 +109,7 @@ def clips(
     Args:
       batch_size: examples of a batch, over all processes.
       indices: the examples of each batch that this process loads; None means all.
+      workers: threads that decode, a batch each; 0: one a core.
     """
 
     def load(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -118,7 +117,10 @@ def clips(
         return next(clip for clip in candidates if clip is not None)
 
     items = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
-    return iter(_batches(items, load, batch_size=batch_size, seed=seed, indices=indices))
+    n = workers or len(os.sched_getaffinity(0))
+    return iter(
+        _batches(items, load, batch_size=batch_size, seed=seed, indices=indices, n_threads=n)
+    )
 
 
 def _batches(
@@ -128,6 +130,7 @@ def _batches(
     batch_size: int,
     seed: int,
     indices: Sequence[int] | None,
+    n_threads: int = 2,
 ) -> grain.IterDataset:
     """Batches of what `load` makes of items, of which only `indices` are loaded.
 
@@ -142,7 +145,7 @@ def _batches(
         return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
 
     batches = items.batch(batch_size, drop_remainder=True, batch_fn=list)
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    options = grain.ReadOptions(num_threads=n_threads, prefetch_buffer_size=2 * n_threads)
     return batches.random_map(load_batch, seed=seed).to_iter_dataset(options)
 
 

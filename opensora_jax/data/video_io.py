@@ -7,10 +7,11 @@ options (crf) to the encoder, and takes a quarter of a second to close a file.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TypeVar
 
 import av
 import imageio.v3 as iio
@@ -19,6 +20,8 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from opensora_jax.data import video_file
 from opensora_jax.data.video_file import VideoError
+
+Frame = TypeVar("Frame")
 
 MIN_FPS, MAX_FPS = 0.01, 1000  # frames per second that are written, or resampled to
 # Of one read: timestamps can ask for any number of repetitions of a frame.
@@ -116,7 +119,8 @@ def read_video(
         aspect = video_file.pixel_aspect(path, stream)
         frames = video_file.decode(path, container, stream)
         if fps is not None:
-            frames = _resample(path, frames, stream, fps)
+            timed = ((frame, frame.time) for frame in frames)
+            frames = resample(path, timed, video_file.usual_rate(stream), fps)
         previous = None
         for k, frame in enumerate(frames):
             if n_frames is not None and k >= start + n_frames:
@@ -128,7 +132,7 @@ def read_video(
             if frame is not previous:
                 # Frames of another size (a stream may change its own) follow the first one's.
                 shape = size or (images[0].shape[:2] if images else None)
-                images.append(_to_image(reformatter, frame, aspect, shape))
+                images.append(to_image(reformatter, frame, aspect, shape))
                 previous = frame
             indices.append(len(images) - 1)
             if len(indices) * images[0].nbytes > _MOST_BYTES:
@@ -219,16 +223,26 @@ def _check_arguments(size, fps, start, n_frames):
         raise ValueError(f"start={start}, n_frames={n_frames}: expected at least 0 and at least 1")
 
 
-def _resample(path, frames, stream, fps) -> Iterator[av.VideoFrame]:
-    """Yields, for k = 0, 1, ..., the frame whose time is nearest to k / fps after the first."""
-    usual = min(1 / video_file.usual_rate(stream), _LONGEST_GAP_SECONDS)
+def resample(
+    path: Path, timed: Iterable[tuple[Frame, float | None]], rate: float, fps: float
+) -> Iterator[Frame]:
+    """Yields, for k = 0, 1, ..., the frame whose time is nearest to k / fps after the first.
+
+    Args:
+      timed: frames, or what stands for them, in order, and the seconds at which they are shown.
+      rate: frames a second as the file claims.
+
+    Raises:
+      VideoError: times jump.
+    """
+    usual = min(1 / rate, _LONGEST_GAP_SECONDS)
     k, first, shown, time, length = 0, None, None, 0.0, usual
-    for frame in frames:
+    for frame, seconds in timed:
         if shown is None:
-            first = frame.time or 0.0
+            first = seconds or 0.0
         else:
             # A frame without a time, or with an earlier one, follows at the usual rate.
-            now = time + usual if frame.time is None else frame.time - first
+            now = time + usual if seconds is None else seconds - first
             length = now - time if now > time else usual
             if length > _LONGEST_GAP_SECONDS:
                 raise VideoError(path, f"timestamps jump by {length:.0f} s at {time:.3f} s")
@@ -248,7 +262,12 @@ def _shown_size(frame, aspect):
     return (width, frame.height) if frame.rotation % 180 else (frame.height, width)
 
 
-def _to_image(reformatter, frame, aspect, size):
+def to_image(
+    reformatter: VideoReformatter,
+    frame: av.VideoFrame,
+    aspect: float,
+    size: tuple[int, int] | None,
+) -> np.ndarray:
     """Converts to RGB, rotates as the file says, resizes to cover `size`, crops the centre."""
     height, width = _shown_size(frame, aspect)
     out_height, out_width = size or (height, width)

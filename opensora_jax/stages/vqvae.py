@@ -59,7 +59,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
         task,
         tx,
         schedule,
-        pipeline.clips(source, seed=config.seed, **build.local_share(mesh, c.batch_size)),
+        pipeline.clips(
+            source,
+            seed=config.seed,
+            workers=config.data.workers,
+            **build.local_share(mesh, c.batch_size),
+        ),
         mesh=mesh,
         folder=folder,
         settings=build.loop_settings(c, config.profile),

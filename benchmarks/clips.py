@@ -1,0 +1,89 @@
+"""Clips a second that the input of a tokenizer's training gives, against whole videos decoded.
+
+    python benchmarks/clips.py --workdir=runs/clips
+
+Makes videos of 30 seconds, 640 x 360 at 24 frames a second (H.264), and draws clips of 16 frames at
+8 frames a second, 128 x 128, in batches of 8: once by decoding every video to its end with two
+threads and cutting the clip out, as it was done before (but for a cache of 1 GiB, which large sets
+do not fit), and once as `data.pipeline.clips` does it. Both give the same clips.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from opensora_jax.data import pipeline, video_io  # noqa: E402
+
+N_FRAMES, FPS, RESOLUTION, BATCH = 16, 8.0, 128, 8
+SECONDS, RATE, HEIGHT, WIDTH = 30, 24, 360, 640
+
+
+class WholeSource(pipeline.ClipSource):
+    """Clips cut out of videos that are decoded to their ends."""
+
+    def clip(self, index, rng):
+        video = video_io.read_video(self._paths[index], resolution=RESOLUTION, fps=FPS)
+        start = int(rng.integers(len(video) - N_FRAMES + 1))
+        return {"video": video[start : start + N_FRAMES]}
+
+
+def make_videos(folder: Path, n: int) -> list[Path]:
+    """Colored noise that drifts, so that frames cost about what films do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"video{i}.mp4" for i in range(n)]
+    for i, path in enumerate(tqdm.tqdm(paths, desc="videos", unit="video")):
+        if path.exists():
+            continue
+        rng = np.random.default_rng(i)
+        coarse = rng.integers(0, 256, (HEIGHT // 20 + 8, WIDTH // 20 + 8, 3), np.uint8)
+        scene = coarse.repeat(20, 0).repeat(20, 1)
+        scene = np.clip(scene + rng.normal(0, 8, scene.shape), 0, 255).astype(np.uint8)
+        shifts = [(k * 140 // (SECONDS * RATE), k * 150 // (SECONDS * RATE)) for k in range(720)]
+        frames = np.stack([scene[y : y + HEIGHT, x : x + WIDTH] for y, x in shifts])
+        video_io.write_video(path, frames, RATE, crf=23)
+    return paths
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--videos", type=int, default=24)
+    parser.add_argument("--batches", type=int, default=6, help="a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    paths = make_videos(args.workdir, args.videos)
+
+    def seconds_of(kind: type[pipeline.ClipSource], seed: int) -> tuple[float, list[np.ndarray]]:
+        """Of a round, begun anew, so that nothing is known of any video."""
+        source = kind(paths, N_FRAMES, RESOLUTION, FPS)
+        workers = 2 if kind is WholeSource else 0
+        start = time.perf_counter()
+        batches = pipeline.clips(source, batch_size=BATCH, seed=seed, workers=workers)
+        found = [batch["video"] for batch in itertools.islice(batches, args.batches)]
+        return time.perf_counter() - start, found
+
+    ratios, rates = [], {WholeSource: [], pipeline.ClipSource: []}
+    for seed in range(args.rounds):
+        found = {kind: seconds_of(kind, seed) for kind in rates}
+        (before, one), (now, two) = found.values()
+        assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+        ratios.append(before / now)
+        for kind, (seconds, _) in found.items():
+            rates[kind].append(args.batches * BATCH / seconds)
+    before, now = (statistics.median(values) for values in rates.values())
+    print(f"whole videos: {before:.1f} clips/s; windows: {now:.1f} clips/s")
+    print(f"ratio: {statistics.median(ratios):.1f}, of {len(ratios)} rounds from ", end="")
+    print(f"{min(ratios):.1f} to {max(ratios):.1f}")
+
+
+if __name__ == "__main__":
+    main()
