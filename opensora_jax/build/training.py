@@ -247,10 +247,13 @@ def dit_training(
 
 
 def dataset_folders(config: ConfigDict, workdir: epath.PathLike) -> list[epath.Path]:
-    """The datasets that the DiT is trained on: those of `config.data.dataset`, or those that the
-    stage `preprocess` makes of its resolutions in the workdir."""
-    if config.data.dataset:
-        return [epath.Path(name) for name in config.data.dataset.split(",")]
+    """What the DiT is trained on: the datasets of `config.data.dataset`, or `made_datasets`."""
+    names = config.data.dataset
+    return [epath.Path(n) for n in names.split(",")] if names else made_datasets(config, workdir)
+
+
+def made_datasets(config: ConfigDict, workdir: epath.PathLike) -> list[epath.Path]:
+    """What the stage `preprocess` makes in the workdir, one for each of its resolutions."""
     resolution = config.preprocess.resolution
     if isinstance(resolution, int):
         return [epath.Path(workdir) / "dataset"]

@@ -72,7 +72,7 @@ def _is_done(c: ConfigDict, workdir: epath.Path, stage: str) -> bool:
         case "preprocess":
             from opensora_jax.build import training as build
 
-            marks = [path / "metadata.json" for path in build.dataset_folders(c, workdir)]
+            marks = [path / "metadata.json" for path in build.made_datasets(c, workdir)]
             return all(
                 mark.exists() and files.read_json(mark).get("complete", False) for mark in marks
             )
@@ -104,7 +104,7 @@ def _check_vqvae(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
     from opensora_jax.build import training as build
     from opensora_jax.data import pipeline
 
-    made = [path for path in build.dataset_folders(c, workdir) if (path / "metadata.json").exists()]
+    made = [path for path in build.made_datasets(c, workdir) if (path / "metadata.json").exists()]
     if "preprocess" in c.stages and made:
         most = f"no more than were trained when {made[0]} was made"
         rules.raise_invalid(c, "vqvae.steps", f"{most}; remove that folder to train on")

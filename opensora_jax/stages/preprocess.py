@@ -58,7 +58,7 @@ def run(config, workdir: str | os.PathLike) -> None:
         )
         words = [caption for entry in read_captions(captions) for caption in entry["captions"]]
         make_small_text_model(text_model, words)
-    folders = build.dataset_folders(config, workdir)
+    folders = build.made_datasets(config, workdir)
     for folder, resolution in zip(folders, np.atleast_1d(options.resolution), strict=True):
         preprocess(
             captions,

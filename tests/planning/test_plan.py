@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from opensora_jax import mesh as mesh_lib
 from opensora_jax import plan
 from opensora_jax.models import flops
 from opensora_jax.models.dit import REMAT_POLICIES
@@ -145,8 +146,10 @@ def test_what_does_not_fit():
 def test_candidates_divide_the_devices(n):
     config = shipped("dit_7b")
     seen = list(plan.candidates(config, n))
-    assert {np.prod(list(c.mesh.values())) for c in seen} == {n}
-    assert len({(*c.mesh.values(), c.dit.remat) for c in seen}) == len(seen)
+    shapes = [[c.mesh[axis] for axis in mesh_lib.AXES] for c in seen]
+    assert {np.prod(shape) for shape in shapes} == {n}
+    remats = [c.dit.remat for c in seen]
+    assert len({(*shape, remat) for shape, remat in zip(shapes, remats, strict=True)}) == len(seen)
     assert {c.dit.remat for c in seen} == set(REMAT_POLICIES)
     assert seen[0].dit.remat == "full"
     assert dict(config.mesh) == dict(shipped("dit_7b").mesh)

@@ -195,7 +195,7 @@ def test_fixed_length_and_frame_rate(world, tmp_path, capsys):
     # At twice the rate every frame is shown twice: 3 frames give 6, too few.
     (filtered,) = found.metadata["filtered"]
     assert filtered == {"file": "too_short.mp4", "reason": "6 frames, expected at least 8"}
-    assert found.metadata["latent_shape"] == [2, 4, 2]
+    assert found.metadata["latent_shape"] == [2, 4, 4]
     assert found.metadata["fps"] == 16
     assert found.metadata["window"] == 8  # of the 16 that it was trained on
     # What is cut is not too long.
@@ -364,7 +364,7 @@ def test_the_stage_takes_what_earlier_stages_made_and_a_small_text_model(world, 
         {
             "data": {"captions": "", "videos": "", "vqvae": "", "text_model": ""},
             "preprocess": {
-                "resolution": RESOLUTION,
+                "resolution": RESOLUTION[0],
                 "fps": 0,
                 "max_frames": 600,
                 "n_frames": 8,
@@ -378,7 +378,7 @@ def test_the_stage_takes_what_earlier_stages_made_and_a_small_text_model(world, 
     assert "small, randomly initialised" in capsys.readouterr().out
     found = dataset.open_dataset(tmp_path / "dataset")
     assert len(found) == 6
-    assert found.metadata["latent_shape"] == [2, 4, 2]
+    assert found.metadata["latent_shape"] == [2, 4, 4]
     assert found.metadata["text_model"] == str(tmp_path / "text_model")
     stage.run(config, tmp_path)
     assert "done already" in capsys.readouterr().out
