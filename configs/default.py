@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.captions = ""  # captions file, JSON or JSONL; empty: the moving shapes'
     c.data.videos = ""  # folder of video files; empty: the moving shapes'
-    c.data.workers = 0  # threads that decode the VQ-VAE's clips; 0: one a core
     c.data.held_out_videos = ""  # folder to watch the VQ-VAE on; empty: the moving shapes'
+    c.data.workers = 0  # threads that decode the VQ-VAE's clips; 0: one a core
     # Arrow dataset to train the DiT on, or several of other sizes, with a comma between two; empty:
     # WORKDIR/dataset.
     c.data.dataset = ""

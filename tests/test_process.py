@@ -26,7 +26,7 @@ def waits():
     print("ready", flush=True)
     time.sleep(60)
 
-def collects():  # where an exception is told and forgotten
+def collect():  # where an exception is told and forgotten
     import gc
     def callback(phase, info):
         if phase == "start":
@@ -35,17 +35,13 @@ def collects():  # where an exception is told and forgotten
             time.sleep(1)
     gc.callbacks.append(callback)
     gc.collect()
+
+def collects():
+    collect()
     time.sleep(60)
 
 def collects_and_trains():
-    import gc
-    def callback(phase, info):
-        if phase == "start":
-            print("ready", flush=True)
-            gc.callbacks.clear()
-            time.sleep(1)
-    gc.callbacks.append(callback)
-    gc.collect()
+    collect()
     trains(is_ready=True)
 
 def trains(is_ready=False):

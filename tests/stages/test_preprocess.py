@@ -195,7 +195,7 @@ def test_fixed_length_and_frame_rate(world, tmp_path, capsys):
     # At twice the rate every frame is shown twice: 3 frames give 6, too few.
     (filtered,) = found.metadata["filtered"]
     assert filtered == {"file": "too_short.mp4", "reason": "6 frames, expected at least 8"}
-    assert found.metadata["latent_shape"] == [2, 4, 4]
+    assert found.metadata["latent_shape"] == [2, 4, 2]
     assert found.metadata["fps"] == 16
     assert found.metadata["window"] == 8  # of the 16 that it was trained on
     # What is cut is not too long.
