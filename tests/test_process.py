@@ -120,7 +120,7 @@ def test_while_the_command_is_being_loaded(number, status, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    time.sleep(1.0)  # of the three that its imports take
+    time.sleep(0.7)  # of the one to three seconds that its imports take
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == status, said
