@@ -80,9 +80,9 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--repository", type=Path, default=ROOT)
     parser.add_argument("--vqvae_steps", type=int, default=1000)
-    parser.add_argument("--dit_steps", type=int, default=3000)
+    parser.add_argument("--dit_steps", type=int, default=4500)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--n_samples", type=int, default=80)
+    parser.add_argument("--n_samples", type=int, default=160)
     parser.add_argument("--fields", nargs="*", default=[], help="more fields of the DiT's config")
     args = parser.parse_args()
     work = args.workdir.resolve()
@@ -135,7 +135,7 @@ def main() -> None:
         *("-m", "opensora_jax.sample", f"--workdir={work}"),
         *(f"--prompts_file={work / 'prompts.txt'}", f"--output={samples / 'out.mp4'}"),
     )
-    paths = sorted(samples.glob("out*.mp4"))
+    paths = sorted(samples.glob("out*.mp4"), key=lambda path: int(path.stem.split("-")[1]))
     result = shapes.score([video_io.read_video(path) for path in paths], labels)
     stored = sum(path.stat().st_size for path in (work / "dataset").rglob("*") if path.is_file())
     reconstruction = files.read_json(work / "vqvae" / "reconstruction.json")
