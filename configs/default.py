@@ -50,10 +50,18 @@ def get_config() -> ConfigDict:
     c.shapes.fps = 8.0  # frames a second
     c.shapes.n_captions = 3  # captions a video, drawn from the phrasings
 
-    # The VQ-VAE and its training. The sizes are VideoGPT's published ones.
+    # The tokenizer and its training. The sizes are VideoGPT's published ones.
     c.vqvae = ConfigDict()
-    c.vqvae.n_codes = 2048  # codebook size
-    c.vqvae.embedding_dim = 256  # dimension of a code
+    # videogpt, convolutions in all directions, or cosmos: causal, so that n_frames is 1 and a
+    # multiple of downsample[0].
+    c.vqvae.architecture = "videogpt"
+    c.vqvae.quantizer = "vq"  # a learned codebook, or fsq: a fixed grid of `levels`; cosmos has fsq
+    c.vqvae.levels = (8, 8, 8, 5, 5, 5)  # of fsq, a dimension each; 64,000 codes, as Cosmos-DV's
+    c.vqvae.multipliers = (2, 4, 4)  # of cosmos: the widths of its levels over n_hiddens
+    c.vqvae.patch = 4  # of cosmos: pixels and frames that wavelets fold into channels
+    c.vqvae.distance = "l2"  # of reconstructions: l2, squared, or l1
+    c.vqvae.n_codes = 2048  # codebook size, of vq
+    c.vqvae.embedding_dim = 256  # dimension of a code, of vq
     c.vqvae.n_hiddens = 240  # width of the networks
     c.vqvae.n_res_layers = 4  # residual blocks in the encoder and in the decoder
     c.vqvae.downsample = (4, 4, 4)  # time, height, width; powers of two

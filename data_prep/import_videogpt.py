@@ -14,7 +14,7 @@ from flax import nnx
 
 from opensora_jax import cli
 from opensora_jax.convert import videogpt
-from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer, save_tokenizer
+from opensora_jax.inference.tokenizer import fingerprint, import_tokenizer
 from opensora_jax.models.vqvae import VQVAE
 
 
@@ -31,21 +31,7 @@ def import_videogpt(
       ValueError: not a checkpoint of VideoGPT's VQ-VAE, or another model in `output`.
     """
     model = videogpt.load_videogpt(checkpoint, downsample=downsample, n_frames=n_frames)
-    if model.n_frames < 1 or model.n_frames % model.downsample[0]:
-        raise ValueError(
-            f"n_frames={model.n_frames}: expected a multiple of the downsampling in time, "
-            f"{model.downsample[0]}"
-        )
-    if epath.Path(output).is_file():
-        raise ValueError(f"{output}: a file, expected a folder or nothing")
-    try:
-        known = load_tokenizer(output)
-    except FileNotFoundError:
-        save_tokenizer(output, model)
-        return model, True
-    if known.config != model.config or fingerprint(known) != fingerprint(model):
-        raise ValueError(f"{output}: holds another model than {checkpoint}: choose another folder")
-    return model, False
+    return model, import_tokenizer(checkpoint, model, output)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opensora_jax"
 
-BASE = {"process", "mesh", "rngs", "files", "hardware", "runtime", "lock", "peers"}
+BASE = {"process", "mesh", "rngs", "files", "hardware", "runtime", "lock", "peers", "windows"}
 LIBRARY = {"models", "diffusion", "data", "convert", "metrics"}
 COMMANDS = {"main", "sample", "bench", "plan"}
 # Every module and folder of the package, and the others that it may import.
@@ -20,6 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "hardware": set(),
     "mesh": set(),
     "peers": set(),
+    "windows": set(),
     "runtime": {"files", "peers"},
     "lock": {"files", "runtime"},
     "models": BASE,
@@ -34,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "inference": BASE | LIBRARY | {"tasks", "checkpoint", "build"},
     "planning": BASE | LIBRARY | {"tasks", "train", "build", "config"},
     "report": BASE | LIBRARY | {"train"},
-    "config": BASE | LIBRARY | {"train", "build", "inference"},
+    "config": BASE | LIBRARY | {"tasks", "train", "build", "inference"},
     "stages": BASE
     | LIBRARY
     | {"tasks", "train", "checkpoint", "build", "inference", "report", "config"},

@@ -1,14 +1,17 @@
 """Networks as a configuration describes them; what "auto" means is decided here."""
 
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from opensora_jax.models import attention, dit
+from opensora_jax.models.cosmos import CosmosConfig
 from opensora_jax.models.dit import DiTConfig, Execution
 from opensora_jax.models.vqvae import VQVAEConfig
+from opensora_jax.windows import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +119,40 @@ def dit_config(
     )
 
 
-def vqvae_config(c: ConfigDict) -> VQVAEConfig:
-    """The VQ-VAE that `config.vqvae` describes."""
+def vqvae_config(c: ConfigDict) -> VQVAEConfig | CosmosConfig:
+    """The tokenizer that `config.vqvae` describes.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+    """
+    if c.architecture == "cosmos":
+        return CosmosConfig(
+            downsample=tuple(c.downsample),
+            levels=tuple(c.levels),
+            channels=c.n_hiddens,
+            multipliers=tuple(c.multipliers),
+            n_res_blocks=c.n_res_layers,
+            patch=c.patch,
+            n_frames=c.n_frames,
+        )
+    levels = tuple(c.levels) if c.quantizer == "fsq" else ()
     return VQVAEConfig(
-        n_codes=c.n_codes,
-        embedding_dim=c.embedding_dim,
+        n_codes=math.prod(levels) if levels else c.n_codes,
+        embedding_dim=len(levels) or c.embedding_dim,
         n_hiddens=c.n_hiddens,
         n_res_layers=c.n_res_layers,
         downsample=tuple(c.downsample),
-        normalize_latents=c.normalize_latents,
+        # What is rounded in each dimension needs none of it.
+        normalize_latents=c.normalize_latents and not levels,
         n_frames=c.n_frames,
+        levels=levels,
     )
+
+
+def vqvae_windows(c: ConfigDict) -> Windows:
+    """How the tokenizer of `config.vqvae` cuts time.
+
+    Raises:
+      ValueError: `vqvae.n_frames` does not fit.
+    """
+    return Windows(c.downsample[0], c.architecture == "cosmos", c.n_frames)

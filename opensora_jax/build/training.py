@@ -40,6 +40,7 @@ def vqvae_task(c: ConfigDict) -> VQVAETask:
         dtype=networks.compute_dtype(c.dtype),
         quantize_between=(int(c.quantize_from * c.steps), int(c.quantize_to * c.steps)),
         end_weight=c.end_weight,
+        distance=c.distance,
     )
 
 
@@ -109,10 +110,16 @@ def adopt(c: ConfigDict, model: DiTConfig, objective: Objective) -> ConfigDict:
     return c
 
 
-def latents(c: ConfigDict, codebook: np.ndarray, code_counts: np.ndarray) -> Latents:
-    """What `config.dit` c denoises of a codebook (n_codes, dim) whose codes occur so often."""
-    whole = Latents.normalized(codebook, code_counts)
-    n = c.components
+def latents(
+    c: ConfigDict, codebook: np.ndarray, code_counts: np.ndarray, levels: tuple[int, ...] = ()
+) -> Latents:
+    """What `config.dit` c denoises of a codebook (n_codes, dim) whose codes occur so often.
+
+    Args:
+      levels: of a codebook that is a grid, of which "auto" keeps all dimensions.
+    """
+    whole = Latents.normalized(codebook, code_counts, levels)
+    n = 0 if levels and c.components == "auto" else c.components
     if n == "auto":
         n = whole.n_components(code_counts, VARIANCE)
         logger.info(

@@ -128,7 +128,11 @@ def _check_preprocess(c: ConfigDict, workdir: epath.Path, read: Callable) -> Non
     model = read("data.vqvae", tokenizer.load_tokenizer)
     if model is not None:
         where = c.data.vqvae or workdir / "vqvae"
-        rules.check_codes(c, model.downsample, f"downsample={model.downsample} of {where}")
+        rules.check_codes(
+            *(c, model.downsample, f"downsample={model.downsample} of {where}"),
+            causal=model.causal,
+            window=model.n_frames,
+        )
 
 
 def _check_dit(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:

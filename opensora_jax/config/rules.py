@@ -16,7 +16,9 @@ from opensora_jax.config.stages import STAGES
 from opensora_jax.diffusion import ddpm, flow
 from opensora_jax.diffusion.objectives import OBJECTIVES
 from opensora_jax.models import attention, dit
+from opensora_jax.tasks.vqvae import ARCHITECTURES
 from opensora_jax.train.optim import OPTIMIZERS
+from opensora_jax.windows import Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,15 @@ steps_from_to = Rule(
     ),
     "(), or two steps, the first and the last",
 )
+
+
+def whole_numbers(low: int) -> Rule:
+    return Rule(
+        lambda v: _is_sequence(v) and len(v) > 0 and all(_is_whole(n) and n >= low for n in v),
+        f"integers of at least {low}",
+    )
+
+
 strides = Rule(
     lambda v: (
         _is_sequence(v)
@@ -149,6 +160,12 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
     },
     "vqvae": _TRAINING
     | {
+        "architecture": one_of(tuple(ARCHITECTURES)),
+        "quantizer": one_of(("vq", "fsq")),
+        "levels": whole_numbers(2),
+        "multipliers": whole_numbers(1),
+        "patch": at_least(1),
+        "distance": one_of(("l2", "l1")),
         "n_codes": at_least(2),
         "embedding_dim": at_least(1),
         "n_hiddens": even,  # for two heads of attention
@@ -249,8 +266,20 @@ def raise_invalid(c: ConfigDict, name: str, expected: str) -> NoReturn:
 
 def _check_models(c: ConfigDict) -> None:
     t, h, w = c.vqvae.downsample
-    if c.vqvae.n_frames % t:
-        raise_invalid(c, "vqvae.n_frames", f"a multiple of vqvae.downsample[0]={t}")
+    if c.vqvae.architecture == "cosmos":
+        if c.vqvae.quantizer != "fsq":
+            raise_invalid(c, "vqvae.quantizer", "fsq, since vqvae.architecture is cosmos")
+        if c.vqvae.n_res_layers < 1:
+            raise_invalid(c, "vqvae.n_res_layers", "at least 1, since vqvae.architecture is cosmos")
+    try:
+        networks.vqvae_windows(c.vqvae)
+    except ValueError:
+        kind = "1 and a multiple" if c.vqvae.architecture == "cosmos" else "a multiple"
+        raise_invalid(c, "vqvae.n_frames", f"{kind} of vqvae.downsample[0]={t}")
+    try:
+        networks.vqvae_config(c.vqvae)
+    except ValueError as error:
+        raise ValueError(f"config.vqvae: {error}") from None
     if c.vqvae.resolution % h or c.vqvae.resolution % w:
         raise_invalid(c, "vqvae.resolution", f"a multiple of vqvae.downsample[1:]=({h}, {w})")
     if c.vqvae.quantize_to < c.vqvae.quantize_from:
@@ -304,7 +333,11 @@ def _check_stages(c: ConfigDict) -> None:
             raise_invalid(
                 c, "data.vqvae", "empty, since the stage vqvae trains one: drop one of the two"
             )
-        check_codes(c, c.vqvae.downsample, f"vqvae.downsample={c.vqvae.downsample}")
+        check_codes(
+            *(c, c.vqvae.downsample, f"vqvae.downsample={c.vqvae.downsample}"),
+            causal=c.vqvae.architecture == "cosmos",
+            window=c.vqvae.n_frames,
+        )
     if {"preprocess", "dit"} <= set(c.stages) and c.data.dataset:
         raise_invalid(c, "data.dataset", "empty, since the stage preprocess makes one: drop one")
 
@@ -318,12 +351,16 @@ def _frames_of_shapes(c: ConfigDict, fps: float) -> int:
     return math.ceil(c.shapes.n_frames * (fps or c.shapes.fps) / c.shapes.fps)
 
 
-def check_codes(c: ConfigDict, downsample: Sequence[int], source: str) -> None:
+def check_codes(
+    c: ConfigDict, downsample: Sequence[int], source: str, *, causal: bool, window: int
+) -> None:
     """Sees that what is encoded, and what the DiT is to make of it, fit a tokenizer's downsampling.
 
     Args:
       downsample: (T, H, W).
       source: what to call it.
+      causal: whether the first frame of a window has a latent of its own.
+      window: frames that are encoded together, unless the configuration says it.
     """
     t, *spatial = downsample
     factors, of = spatial, source
@@ -333,14 +370,18 @@ def check_codes(c: ConfigDict, downsample: Sequence[int], source: str) -> None:
     if any((resolutions % n).any() for n in factors):
         multiple = " and ".join(map(str, dict.fromkeys(factors)))
         raise_invalid(c, "preprocess.resolution", f"a multiple of {multiple}: {of}")
-    for name in ("n_frames", "window"):
-        if c.preprocess[name] % t:
-            raise_invalid(c, f"preprocess.{name}", f"a multiple of {t}: {source}")
     n_frames = c.preprocess.n_frames
+    try:
+        windows = Windows(t, causal, c.preprocess.window or window)
+    except ValueError as error:
+        expected = str(error).partition("expected ")[2]
+        raise_invalid(c, "preprocess.window", f"{expected}: {source}")
+    if n_frames and windows.fit(n_frames) != n_frames:
+        raise_invalid(c, "preprocess.n_frames", f"{windows.near(n_frames)}: {source}")
     if not n_frames and _uses_shapes(c, "preprocess"):
         n_frames = _frames_of_shapes(c, c.preprocess.fps)
-    if "dit" in c.stages and n_frames and np.max(c.dit.n_latent_frames) > n_frames // t:
-        most = f"{n_frames // t}: {n_frames} frames by {source}"
+    if "dit" in c.stages and n_frames and np.max(c.dit.n_latent_frames) > windows.latents(n_frames):
+        most = f"{windows.latents(n_frames)}: {n_frames} frames by {source}"
         raise_invalid(c, "dit.n_latent_frames", f"at most {most}")
 
 

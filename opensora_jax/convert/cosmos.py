@@ -25,6 +25,7 @@ HALVES = ("encoder.jit", "decoder.jit")
 WHOLE = ("autoencoder.jit", "model.safetensors", "model.pt")
 # Constants of the original's modules; its wavelets are the exact ones, whatever their dtype.
 IGNORED = r".*\.(wavelets|_arange|patch_size_buffer)|(inv_quant\.)?quantizer\..*"
+_NAME = re.compile(r"DV(\d{1,4})x(\d{1,4})x(\d{1,4})", re.IGNORECASE)
 MOST_VALUES = 100_000  # in an archive; the published ones hold some 3,000
 
 
@@ -169,6 +170,16 @@ def load_cosmos(
     return model
 
 
+def is_published(path: epath.PathLike) -> bool:
+    """Whether a file or folder looks like what `load_cosmos` reads: by its names alone."""
+    path = epath.Path(path)
+    archives = (*HALVES, *(name for name in WHOLE if name.endswith(".jit")))
+    if path.suffix == ".jit" or any((path / name).exists() for name in archives):
+        return True
+    is_named = any(_NAME.search(part) for part in path.parts)
+    return is_named and (path.is_file() or any((path / name).exists() for name in WHOLE))
+
+
 def _tensors(path: epath.Path) -> dict[str, np.ndarray]:
     """All weights by the names of the original's whole tokenizer."""
     if not path.is_dir():
@@ -225,7 +236,7 @@ def _shape(tensors: dict[str, np.ndarray], name: str, path: epath.Path) -> tuple
 
 def _downsample(path: epath.Path, asked: Any) -> tuple[int, int, int]:
     """What is asked for and what the names in `path` say, which must agree."""
-    found = [re.search(r"DV(\d{1,4})x(\d{1,4})x(\d{1,4})", part, re.I) for part in path.parts]
+    found = [_NAME.search(part) for part in path.parts]
     named = [tuple(map(int, match.groups())) for match in found if match]
     if asked is not None:
         asked = tuple(asked)

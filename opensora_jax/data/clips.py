@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from opensora_jax.data import video_io
+from opensora_jax.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def decode_clips(
     fps: float | None,
     max_frames: int | None,
     n_frames: int | None,
-    multiple: int,
+    windows: Windows,
 ) -> Iterator[Clip | LeftOut]:
     """Yields what becomes of each of the files, in order.
 
@@ -55,8 +56,8 @@ def decode_clips(
       max_frames: a video with more frames than this (after resampling) is filtered, unless it is
         cut to `n_frames` anyway. None: none is.
       n_frames: cut every video to this many frames, and filter shorter ones. None keeps all frames
-        but for a rest that is no multiple of `multiple`.
-      multiple: of how many frames a clip must be a multiple.
+        but for a rest that does not fit.
+      windows: which lengths fit.
     """
 
     def decode(name: str) -> Clip | LeftOut:
@@ -77,10 +78,10 @@ def decode_clips(
             return Filtered(name, error.reason)
         except video_io.VideoError as error:
             return Failed(name, error.reason)
-        needed = n_frames or multiple
+        needed = n_frames or windows.least
         if len(frames_THWC) < needed:
             return Filtered(name, f"{len(frames_THWC)} frames, expected at least {needed}")
-        return Clip(frames_THWC[: len(frames_THWC) // multiple * multiple], fps or info.fps)
+        return Clip(frames_THWC[: windows.fit(len(frames_THWC))], fps or info.fps)
 
     n_threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(n_threads) as pool:

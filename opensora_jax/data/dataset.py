@@ -47,6 +47,7 @@ from opensora_jax.data.parts import (
     read_json,
 )
 from opensora_jax.files import short
+from opensora_jax.windows import Windows
 
 CODE_COUNTS = "code_counts.npy"
 # Of each part the checksums of its files by their names in it.
@@ -115,7 +116,10 @@ class LatentDataset:
     @property
     def window_latents(self) -> int:
         """Latent frames that were encoded together; 1 where metadata.json says nothing of it."""
-        return max(self.metadata.get("window", 1) // self.metadata["downsample"][0], 1)
+        if "window" not in self.metadata:
+            return 1
+        windows = _windows(self.metadata)
+        return windows.latents(windows.frames)
 
     @property
     def latent_frames(self) -> np.ndarray:
@@ -190,6 +194,12 @@ def _grid(metadata: dict) -> tuple[int, int]:
     """(H, W) of the latents."""
     sides = zip(metadata["resolution"], metadata["downsample"][1:], strict=True)
     return tuple(pixels // factor for pixels, factor in sides)
+
+
+def _windows(metadata: dict) -> Windows:
+    """How videos were encoded, by metadata that says it."""
+    causal = metadata.get("causal", False)
+    return Windows(metadata["downsample"][0], causal, metadata["window"])
 
 
 def read_metadata(folder: epath.PathLike) -> dict:
@@ -319,12 +329,24 @@ def complete_metadata(folder: epath.PathLike) -> dict:
         if not test(metadata.get(key)):
             found = f"{key}={short(metadata[key])}" if key in metadata else f"no key {key!r}"
             raise DatasetError(f"{path}: {found}: expected {meaning}")
-    window, t = metadata.get("window"), metadata["downsample"][0]
-    if window is not None and not (_is_count(window) and window % t == 0):
+    causal, levels = metadata.get("causal", False), metadata.get("levels", [])
+    if not isinstance(causal, bool):
+        raise DatasetError(f"{path}: causal={short(causal)}: expected true or false")
+    is_grid = isinstance(levels, list) and all(map(_is_count, levels))
+    if levels and not (is_grid and math.prod(levels) == metadata["n_codes"]):
         raise DatasetError(
-            f"{path}: window={short(window)}: expected the frames that were encoded together, a "
-            f"multiple of {t}"
+            f"{path}: levels={short(levels)}: expected numbers whose product is "
+            f"n_codes={metadata['n_codes']}"
         )
+    if metadata.get("window") is not None:
+        try:
+            _windows(metadata)
+        except (TypeError, ValueError):
+            t, window = metadata["downsample"][0], short(metadata["window"])
+            raise DatasetError(
+                f"{path}: window={window}: expected the frames that were encoded together, "
+                f"{'1 and ' if causal else ''}a multiple of {t}"
+            ) from None
     return metadata
 
 

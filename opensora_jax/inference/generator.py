@@ -1,6 +1,8 @@
 """From prompts to videos with a trained DiT: what sampling, training and grading share."""
 
 import dataclasses
+import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from opensora_jax.inference.tokenizer import decode, load_tokenizer
 from opensora_jax.mesh import PyTree
 from opensora_jax.models.dit import DiTConfig
 from opensora_jax.tasks.dit import DiTTask, Latents
+from opensora_jax.windows import Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class DiTDescription:
       fps: frames a second of the training videos.
       downsample: (T, H, W), pixels a latent.
       window: frames that were encoded together; None: as many as the tokenizer was trained on.
+      causal: whether the first frame of a window has a latent of its own.
     """
 
     dit: DiTConfig
@@ -48,12 +52,31 @@ class DiTDescription:
     downsample: tuple[int, int, int]
     window: int | None = None
     latent_grids: tuple[tuple[int, int, int], ...] = ()
+    causal: bool = False
 
-    def to_json(self) -> dict[str, Any]:
+    def record(self, folder: epath.PathLike) -> None:
+        """Writes it into `folder`, or checks that the same is there.
+
+        Raises:
+          ValueError: another model is there, naming what differs.
+        """
+        folder = epath.Path(folder)
+        has_table = False  # in model.json itself, as older ones
+        if (folder / checkpoint.MODEL_FILE).exists():
+            has_table = "latent_table" in checkpoint.read_model(folder)
+        elif jax.process_index() == 0:  # before what names it
+            folder.mkdir(parents=True, exist_ok=True)
+            with files.local(folder / _TABLE) as path, path.open("wb") as file:
+                np.save(file, self.latents.table)
+        checkpoint.record_model(folder, self.to_json(has_table), new_keys=(*_NEW, "levels"))
+
+    def to_json(self, has_table: bool = False) -> dict[str, Any]:
+        table = self.latents.table
         return {
             "dit": dataclasses.asdict(self.dit),
             **objectives.to_fields(self.objective),
-            "latent_table": self.latents.table.tolist(),
+            **({"latent_table": table.tolist()} if has_table else {"latents": _digest(table)}),
+            "levels": self.latents.levels,
             **{name: getattr(self, name) for name in (*_PLAIN, *_NEW)},
         }
 
@@ -68,10 +91,14 @@ class DiTDescription:
         found = checkpoint.read_model(folder)
         if "dit" not in found:
             raise ValueError(f"{folder}: holds no DiT: expected the folder dit of a workdir")
+        if "latent_table" in found:
+            table = np.asarray(found["latent_table"], np.float32)
+        else:
+            table = _read_table(epath.Path(folder) / _TABLE, found["latents"])
         return cls(
             dit=DiTConfig(**found["dit"]),
             objective=objectives.from_fields(found),
-            latents=Latents(np.asarray(found["latent_table"], np.float32)),
+            latents=Latents(table, tuple(found.get("levels", ()))),
             **{name: found[name] for name in _PLAIN},
             **{name: found[name] for name in _NEW if name in found},
         )
@@ -79,7 +106,24 @@ class DiTDescription:
 
 # Of model.json; older ones lack the latter.
 _PLAIN = ("latent_grid", "text_length", "vqvae", "text_model", "fps", "downsample")
-_NEW = ("window", "latent_grids")
+_NEW = ("window", "latent_grids", "causal")
+# Normalized embeddings, (n_codes, dim) float32; model.json says their digest.
+_TABLE = "latents.npy"
+
+
+def _digest(table: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()[:16]
+
+
+def _read_table(path: epath.Path, digest: str) -> np.ndarray:
+    """The array at `path`, if it is that of `digest`."""
+    try:
+        table = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a readable array: {files.short(str(error))}") from None
+    if _digest(table) != digest:
+        raise ValueError(f"{path}: not the embeddings of model.json beside it: put them back")
+    return table
 
 
 class Generator:
@@ -160,7 +204,12 @@ class Generator:
         for i, (name, size) in enumerate(zip(names, (n_frames, height, width), strict=True)):
             if size is None:
                 continue
-            factor = d.downsample[i] * (d.dit.patch if i else 1)
+            if i == 0:
+                if size < 1 or self._windows.fit(size) != size:
+                    raise ValueError(f"{name}={size}: expected {self._windows.near(size)}")
+                grid[0] = self._windows.latents(size)
+                continue
+            factor = d.downsample[i] * d.dit.patch
             if size < 1 or size % factor:
                 raise ValueError(f"{name}={size}: expected a positive multiple of {factor}")
             grid[i] = size // d.downsample[i]
@@ -182,8 +231,16 @@ class Generator:
         d = self._description
         return [tuple(grid) for grid in d.latent_grids or (d.latent_grid,)]
 
+    @property
+    def _windows(self) -> Windows:
+        d = self._description
+        # Where none is known, nothing depends on it.
+        return Windows(d.downsample[0], d.causal, d.window or d.downsample[0])
+
     def _pixels(self, grid):
-        return [n * k for n, k in zip(grid, self._description.downsample, strict=True)]
+        t, *space = grid
+        sides = [n * k for n, k in zip(space, self._description.downsample[1:], strict=True)]
+        return [self._windows.n_frames(t), *sides]
 
     def sample(
         self,

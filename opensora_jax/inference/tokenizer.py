@@ -3,7 +3,6 @@
 Legend: T frames of a window, t frames of its codes, H, W pixels, h, w codes.
 """
 
-import dataclasses
 import functools
 import hashlib
 from typing import Any
@@ -16,13 +15,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opensora_jax import files
 from opensora_jax.checkpoint import manager as checkpoint
-from opensora_jax.convert import videogpt
-from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
-from opensora_jax.tasks.vqvae import VQVAETask, to_float, to_uint8
+from opensora_jax.convert import cosmos, videogpt
+from opensora_jax.models.tokenizer import Tokenizer
+from opensora_jax.tasks.vqvae import (
+    NEW_KEYS,
+    VQVAETask,
+    describe,
+    from_description,
+    to_float,
+    to_uint8,
+)
+from opensora_jax.windows import Windows
 
 
-def load_tokenizer(path: epath.PathLike) -> VQVAE:
-    """The tokenizer of a training or imported folder, or of a VideoGPT checkpoint file.
+def load_tokenizer(path: epath.PathLike) -> Tokenizer:
+    """The tokenizer of a training or imported folder, a VideoGPT checkpoint file, or a file or
+    folder of Cosmos-Tokenizer.
 
     Returns:
       The model in evaluation mode, with averaged weights.
@@ -32,11 +40,13 @@ def load_tokenizer(path: epath.PathLike) -> VQVAE:
       ValueError: a file or folder of something else.
     """
     path = epath.Path(path)
+    if not (path / checkpoint.MODEL_FILE).exists() and cosmos.is_published(path):
+        return cosmos.load_cosmos(path)
     if path.is_file():
         return videogpt.load_videogpt(path)
     description = _description(path)
     try:
-        task = VQVAETask(VQVAEConfig(**description))
+        task = VQVAETask(from_description(description))
         params, extra = jax.eval_shape(task.init, jax.random.key(0))
     except (TypeError, ValueError, OverflowError) as error:
         model_file = path / checkpoint.MODEL_FILE
@@ -46,10 +56,10 @@ def load_tokenizer(path: epath.PathLike) -> VQVAE:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        {"ema": params, "extra": extra},
+        {"ema": params} | ({"extra": extra} if extra else {}),
     )
     restored = checkpoint.restore_items(path, like)
-    return task.model(restored["ema"], restored["extra"])
+    return task.model(restored["ema"], restored.get("extra", {}))
 
 
 def _description(folder: epath.Path) -> dict[str, Any]:
@@ -69,21 +79,40 @@ def _description(folder: epath.Path) -> dict[str, Any]:
     return description
 
 
-def save_tokenizer(folder: epath.PathLike, model: VQVAE) -> None:
+def save_tokenizer(folder: epath.PathLike, model: Tokenizer) -> None:
     """Writes `model` so that `load_tokenizer` reads it from `folder`.
 
     Raises:
       ValueError: if the folder holds another model.
     """
-    checkpoint.record_model(folder, dataclasses.asdict(model.config))
+    checkpoint.record_model(folder, describe(model.config), new_keys=NEW_KEYS)
     _, params, extra = nnx.split(model, nnx.Param, ...)
     params, extra = nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
     checkpoints = checkpoint.Checkpoints(folder)
-    checkpoints.save(0, {"ema": params, "extra": extra})
+    checkpoints.save(0, {"ema": params} | ({"extra": extra} if extra else {}))
     checkpoints.close()
 
 
-def decode(model: VQVAE, codes: jax.Array, window: int | None = None) -> np.ndarray:
+def import_tokenizer(source: epath.PathLike, model: Tokenizer, output: epath.PathLike) -> bool:
+    """Writes what was read from `source` into the folder `output`; False if it is there already.
+
+    Raises:
+      ValueError: frames that no latents stand for, or another model in `output`.
+    """
+    Windows(model.downsample[0], model.causal, model.n_frames)
+    if epath.Path(output).is_file():
+        raise ValueError(f"{output}: a file, expected a folder or nothing")
+    try:
+        known = load_tokenizer(output)
+    except FileNotFoundError:
+        save_tokenizer(output, model)
+        return True
+    if known.config != model.config or fingerprint(known) != fingerprint(model):
+        raise ValueError(f"{output}: holds another model than {source}: choose another folder")
+    return False
+
+
+def decode(model: Tokenizer, codes: jax.Array, window: int | None = None) -> np.ndarray:
     """Codes (B, t, h, w) -> videos uint8 (B, T, H, W, 3), window by window.
 
     The mirror of `WindowEncoder`: a last, partial window is filled up with its last codes, and
@@ -92,14 +121,14 @@ def decode(model: VQVAE, codes: jax.Array, window: int | None = None) -> np.ndar
     Args:
       window: frames that were encoded together; None: as many as the model was trained on.
     """
-    window = max((window or model.n_frames) // model.downsample[0], 1)
-    n = codes.shape[1]
+    windows = Windows(model.downsample[0], model.causal, window or model.n_frames)
+    n, window = codes.shape[1], windows.latents(windows.frames)
     graph, state = nnx.split(model)
     pieces = []
     for start in range(0, n, window):
         index = np.minimum(np.arange(start, start + window), n - 1)
         pieces.append(np.asarray(_decode_window(graph, state, codes[:, index])))
-    return np.concatenate(pieces, axis=1)[:, : n * model.downsample[0]]
+    return np.concatenate(pieces, axis=1)[:, : windows.n_frames(n)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -122,10 +151,11 @@ class WindowEncoder:
       batch_size: windows at a time, rounded up to a multiple of the number of devices.
     """
 
-    def __init__(self, model: nnx.Module, window: int, batch_size: int):
+    def __init__(self, model: Tokenizer, window: int, batch_size: int):
         devices = jax.local_devices()
         mesh = Mesh(devices, ("data",))
         self._window = window
+        self._windows = Windows(model.downsample[0], model.causal, window)
         self._batch_size = -(-batch_size // len(devices)) * len(devices)
         self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
         self._graph, state = nnx.split(model)
@@ -134,7 +164,7 @@ class WindowEncoder:
         self._waiting: list[tuple[int, np.ndarray]] = []  # windows, and whose video's they are
 
     def add(self, video_THWC: np.ndarray) -> None:
-        """Takes a video, uint8, T a multiple of the temporal downsampling."""
+        """Takes a video, uint8, of a T that fits (`Windows.fit`)."""
         self._codes.append([])
         for start in range(0, len(video_THWC), self._window):
             window_THWC = video_THWC[start : start + self._window]
@@ -158,7 +188,7 @@ class WindowEncoder:
         batch_BTHWC = jax.device_put(batch_BTHWC, self._batch_sharding)
         codes_Bthw = np.asarray(_encode(self._graph, self._state, batch_BTHWC))
         for (i, window_THWC), codes_thw in zip(self._waiting, codes_Bthw, strict=False):
-            self._codes[i].append(codes_thw[: len(window_THWC) * len(codes_thw) // self._window])
+            self._codes[i].append(codes_thw[: self._windows.latents(len(window_THWC))])
         self._waiting.clear()
 
 

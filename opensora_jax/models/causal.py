@@ -13,8 +13,7 @@ from opensora_jax.mesh import constrain
 from opensora_jax.models import layers
 from opensora_jax.models.conv import conv, fold
 from opensora_jax.models.cpu import add_bias
-
-Size3 = tuple[int, int, int]
+from opensora_jax.models.tokenizer import Size3
 
 
 class CausalConv(nnx.Module):

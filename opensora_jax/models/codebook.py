@@ -75,6 +75,29 @@ class Codebook(nnx.Module):
         flat = nearest_codes(z.reshape(-1, self.dim), self.embeddings[...])
         return flat.reshape(z.shape[:-1])
 
+    def nearest(self, embeddings: jax.Array) -> jax.Array:
+        """The codes (...) int32 whose embeddings are nearest to these (..., D)."""
+        return self.codes(embeddings)
+
+    def codebook(self) -> jax.Array:
+        """(K, D) float32."""
+        return self.embeddings[...]
+
+    def straight_through(
+        self, z: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Of encoder outputs z (..., D) the codes (...), what a decoder would see without and with
+        quantization (..., D), through which the gradient passes as if there were none, and the loss
+        that keeps outputs at their codes, a scalar. With a `key` it is a step of the averages.
+        """
+        if key is None:
+            codes = self.codes(z)
+        else:
+            codes = self.update(z.reshape(-1, self.dim), key).reshape(z.shape[:-1])
+        embeddings = jax.lax.stop_gradient(self.lookup(codes))
+        commitment = 0.25 * jnp.mean((z - embeddings) ** 2)
+        return codes, z, z + jax.lax.stop_gradient(embeddings - z), commitment
+
     def lookup(self, codes: jax.Array) -> jax.Array:
         """Embeddings (..., D) float32 of codes (...)."""
         return self.embeddings[...][codes]

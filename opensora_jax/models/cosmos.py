@@ -27,8 +27,7 @@ from opensora_jax.models.causal import (
     repeat_first,
 )
 from opensora_jax.models.fsq import FSQ
-
-Size3 = tuple[int, int, int]
+from opensora_jax.models.tokenizer import Size3, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +80,14 @@ class CosmosConfig:
                 )
         if (self.n_frames - 1) % d[0] or self.n_frames < 1:
             raise ValueError(f"n_frames={self.n_frames}: expected 1 and a multiple of {d[0]}")
+
+    @property
+    def n_codes(self) -> int:
+        return math.prod(self.levels)
+
+    @property
+    def embedding_dim(self) -> int:
+        return len(self.levels)
 
     def _strides(self) -> list[tuple[bool, bool]]:
         """(in time, in space) of the encoder's downsamplings: the first levels'."""
@@ -160,9 +167,7 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.norm_out(x)))
 
 
-class Cosmos(nnx.Module):
-    """Video (B, T, H, W, 3) in [-0.5, 0.5] <-> codes (B, t, h, w) int32, T = 1 + (t - 1) * k."""
-
+class Cosmos(Tokenizer):
     causal = True
 
     def __init__(self, config: CosmosConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
@@ -174,27 +179,8 @@ class Cosmos(nnx.Module):
         self.decoder = Decoder(config, **common)
 
     @property
-    def downsample(self) -> Size3:
-        """(frames a latent after the first, H/h, W/w)."""
-        return self.config.downsample
-
-    @property
-    def n_frames(self) -> int:
-        """Frames of the windows that long videos are cut into."""
-        return self.config.n_frames
-
-    @property
-    def codebook(self) -> jax.Array:
-        """(n_codes, dim) float32."""
-        return self._fsq.codebook()
-
-    @property
-    def _fsq(self) -> FSQ:
+    def quantizer(self) -> FSQ:
         return FSQ(self.config.levels)
-
-    def nearest(self, embeddings: jax.Array) -> jax.Array:
-        """The codes (...) int32 whose embeddings are nearest to these (..., dim)."""
-        return self._fsq.nearest(embeddings)
 
     def latents(self, video: jax.Array) -> jax.Array:
         """Encoder output before quantization, (B, t, h, w, dim) float32."""
@@ -209,25 +195,6 @@ class Cosmos(nnx.Module):
         for _ in range(int(math.log2(self.config.patch))):
             x = _inverse_haar(x)
         return 0.5 * x[:, self.config.patch - 1 :]
-
-    def encode(self, video: jax.Array) -> jax.Array:
-        """Video (B, T, H, W, 3) in [-0.5, 0.5] -> codes (B, t, h, w) int32.
-
-        Raises:
-          ValueError: if T is not 1 + a multiple of its downsampling, or H or W not of theirs.
-        """
-        k, *space = self.downsample
-        fits = video.ndim == 5 and video.shape[1] % k == 1 % k
-        if not fits or any(n % d for n, d in zip(video.shape[2:4], space, strict=True)):
-            raise ValueError(
-                f"video of shape {video.shape}: expected (B, T, H, W, 3) with T 1 + a multiple of "
-                f"{k}, and H, W multiples of {space}"
-            )
-        return self._fsq.quantize(self.latents(video))
-
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """Codes (B, t, h, w) -> video (B, T, H, W, 3) float32, about [-0.5, 0.5]."""
-        return self.reconstruct(self._fsq.lookup(codes))
 
 
 def _haar(x_BTHWC: jax.Array) -> jax.Array:

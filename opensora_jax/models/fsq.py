@@ -46,7 +46,7 @@ class FSQ:
         """The embedding (n_codes, dim) float32 of each code."""
         return self.lookup(jnp.arange(self.n_codes))
 
-    def quantize(self, z: jax.Array) -> jax.Array:
+    def codes(self, z: jax.Array) -> jax.Array:
         """Latents (..., dim) of any size -> the codes (...) int32 that they are rounded to."""
         return self._from_digits(jnp.round(self._bound(z)) + self._half_width)
 
@@ -59,6 +59,16 @@ class FSQ:
         """Embeddings (..., dim) float32 of codes (...)."""
         digits = codes[..., None] // self._basis % np.array(self.levels)
         return (digits - self._half_width).astype(jnp.float32) / self._half_width
+
+    def straight_through(
+        self, z: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """As `models.codebook.Codebook.straight_through`, with nothing to learn or to commit to."""
+        x = self._bound(z)
+        rounded = jax.lax.stop_gradient(jnp.round(x))
+        quantized = x + jax.lax.stop_gradient(rounded - x)
+        codes = self._from_digits(rounded + self._half_width)
+        return codes, x / self._half_width, quantized / self._half_width, jnp.float32(0)
 
     def _bound(self, z):
         """z squashed to just beyond the outermost levels (the paper's appendix A.1)."""

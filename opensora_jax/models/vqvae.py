@@ -17,11 +17,8 @@ from opensora_jax.models import layers
 from opensora_jax.models.codebook import Codebook
 from opensora_jax.models.conv import conv, fold, unfold
 from opensora_jax.models.cpu import add_bias
-
-Size3 = tuple[int, int, int]
-
-# Variance of the pixels in the original's data; it scales the reconstruction loss.
-DATA_VARIANCE = 0.06
+from opensora_jax.models.fsq import FSQ
+from opensora_jax.models.tokenizer import Size3, Tokenizer
 
 
 def _same_padding(kernel: Size3, stride: Size3) -> list[tuple[int, int]]:
@@ -186,9 +183,10 @@ class VQVAEConfig:
       normalize_latents: scale the encoder's output to unit RMS at each position before it is
         quantized; keeps the codebook alive when training from scratch. VideoGPT has it off.
       n_frames: length of the videos it was trained on; longer ones are encoded in windows.
+      levels: of each dimension of a code, for finite scalar quantization; (): a learned codebook.
 
     Raises:
-      ValueError: a downsampling that is not made of strides of 2.
+      ValueError: a downsampling that is not made of strides of 2, or levels of other codes.
     """
 
     n_codes: int
@@ -198,18 +196,26 @@ class VQVAEConfig:
     downsample: Size3
     normalize_latents: bool = False
     n_frames: int = 16
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self):
         # JSON knows no tuples.
-        object.__setattr__(self, "downsample", tuple(int(d) for d in self.downsample))
+        for name in ("downsample", "levels"):
+            object.__setattr__(self, name, tuple(int(n) for n in getattr(self, name)))
         d = self.downsample
         if len(d) != 3 or any(n < 1 or n & (n - 1) for n in d) or max(d) == 1:
             raise ValueError(f"downsample={d}: expected three powers of two, one of them above 1")
+        if self.levels and (self.n_codes, self.embedding_dim) != (
+            FSQ(self.levels).n_codes,
+            len(self.levels),
+        ):
+            raise ValueError(
+                f"levels={self.levels}: expected those of {self.n_codes} codes of "
+                f"{self.embedding_dim} dimensions"
+            )
 
 
-class VQVAE(nnx.Module):
-    """Video (B, T, H, W, 3) in [-0.5, 0.5] <-> codes (B, t, h, w) int32."""
-
+class VQVAE(Tokenizer):
     def __init__(self, config: VQVAEConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.config = config
         n_hiddens, embedding_dim = config.n_hiddens, config.embedding_dim
@@ -227,7 +233,10 @@ class VQVAE(nnx.Module):
         self.encoder_last = Conv(n_hiddens, n_hiddens, 3, **common)
         self.encoder_stack = ResidualStack(n_hiddens, config.n_res_layers, **common)
         self.pre_vq = Conv(n_hiddens, embedding_dim, 1, **common)
-        self.codebook_state = Codebook(config.n_codes, embedding_dim, rngs=rngs)
+        if config.levels:
+            self.codebook_state = FSQ(config.levels)
+        else:
+            self.codebook_state = Codebook(config.n_codes, embedding_dim, rngs=rngs)
         self.post_vq = Conv(embedding_dim, n_hiddens, 1, **common)
         self.decoder_stack = ResidualStack(n_hiddens, config.n_res_layers, **common)
         # The original's decoder strides an axis in its first levels, not in its last.
@@ -245,19 +254,8 @@ class VQVAE(nnx.Module):
         )
 
     @property
-    def downsample(self) -> Size3:
-        """(T/t, H/h, W/w)."""
-        return self.config.downsample
-
-    @property
-    def n_frames(self) -> int:
-        """Length of the videos it was trained on."""
-        return self.config.n_frames
-
-    @property
-    def codebook(self) -> jax.Array:
-        """(n_codes, embedding_dim) float32."""
-        return self.codebook_state.embeddings[...]
+    def quantizer(self) -> Codebook | FSQ:
+        return self.codebook_state
 
     def latents(self, video: jax.Array) -> jax.Array:
         """Encoder output before quantization, (B, t, h, w, embedding_dim) float32."""
@@ -273,57 +271,3 @@ class VQVAE(nnx.Module):
         for i, layer in enumerate(self.decoder_convs):
             h = layer(h if i == 0 else jax.nn.relu(h))
         return h.astype(jnp.float32)
-
-    def encode(self, video: jax.Array) -> jax.Array:
-        """Video (B, T, H, W, 3) in [-0.5, 0.5] -> codes (B, t, h, w) int32.
-
-        Raises:
-          ValueError: if a side of the video is not a multiple of its downsampling.
-        """
-        sides = video.shape[1:4]
-        if video.ndim != 5 or any(s % d for s, d in zip(sides, self.downsample, strict=True)):
-            raise ValueError(
-                f"video of shape {video.shape}: expected (B, T, H, W, 3) with T, H, W multiples of "
-                f"{self.downsample}"
-            )
-        return self.codebook_state.codes(self.latents(video))
-
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """Codes (B, t, h, w) -> video (B, T, H, W, 3) float32, about [-0.5, 0.5]."""
-        return self.reconstruct(self.codebook_state.lookup(codes))
-
-    def losses(
-        self,
-        video: jax.Array,
-        key: jax.Array | None = None,
-        quantized_share: jax.Array | float = 1.0,
-        end_weight: float = 1.0,
-    ) -> dict[str, jax.Array]:
-        """The terms of the loss and what to watch, scalars but for `recon` and `codes`.
-
-        With a `key` the codebook's averages move (and, after `.train()`, batch statistics do), and
-        of every video's positions only `quantized_share` reach the decoder quantized. The first and
-        last frame count `end_weight` times.
-        """
-        z = self.latents(video)
-        if key is None:
-            codes = self.codebook_state.codes(z)
-        else:
-            codes = self.codebook_state.update(z.reshape(-1, z.shape[-1]), key).reshape(z.shape[:4])
-        embeddings = jax.lax.stop_gradient(self.codebook_state.lookup(codes))
-        commitment = 0.25 * jnp.mean((z - embeddings) ** 2)
-        # The gradient passes the quantization straight through.
-        quantized = z + jax.lax.stop_gradient(embeddings - z)
-        if key is not None:
-            chosen = jax.random.uniform(jax.random.fold_in(key, 1), (z.shape[0], 1, 1, 1, 1))
-            quantized = jnp.where(chosen < quantized_share, quantized, z)
-        recon = self.reconstruct(quantized)
-        weight_T = jnp.ones(video.shape[1]).at[jnp.array([0, -1])].set(end_weight)
-        weight_T /= weight_T.mean()
-        return {
-            "recon_loss": jnp.mean(weight_T[:, None, None, None] * (recon - video) ** 2)
-            / DATA_VARIANCE,
-            "commitment_loss": commitment,
-            "recon": recon,
-            "codes": codes,
-        }

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from opensora_jax import mesh as mesh_lib
+from opensora_jax.build import networks
 from opensora_jax.build import training as build
 from opensora_jax.tasks.dit import Latents
 
@@ -24,8 +25,9 @@ _COMPONENTS = 16
 
 def latent_grid(config: ConfigDict) -> tuple[int, int, int]:
     """(T, H, W) of an example's latents; of several sizes the largest, all with as many tokens."""
-    t, h, w = config.vqvae.downsample
-    n_frames = int(np.max(config.dit.n_latent_frames)) or config.vqvae.n_frames // t
+    _, h, w = config.vqvae.downsample
+    windows = networks.vqvae_windows(config.vqvae)
+    n_frames = int(np.max(config.dit.n_latent_frames)) or windows.latents(windows.frames)
     resolution = int(np.max(config.preprocess.resolution))
     return n_frames, resolution // h, resolution // w
 
@@ -45,13 +47,15 @@ def training(config: ConfigDict, platform: str | None = None) -> build.DiTTraini
     Args:
       platform: cpu, gpu or tpu, that it is to run on; None: what this process runs on.
     """
-    channels = config.vqvae.embedding_dim
+    tokenizer = networks.vqvae_config(config.vqvae)
+    channels = tokenizer.embedding_dim
     if config.dit.components == "auto":
         channels = min(channels, _COMPONENTS)
     elif config.dit.components:
         channels = config.dit.components
-    size = (config.vqvae.n_codes, channels)
-    latents = Latents(np.random.default_rng(0).standard_normal(size, np.float32))
+    size = (tokenizer.n_codes, channels)
+    table = np.random.default_rng(0).standard_normal(size, np.float32)
+    latents = Latents(table, tokenizer.levels)
     config = config.copy_and_resolve_references()
     config.dit = build.choose(config.dit, latents)
     return build.dit_training(
@@ -86,7 +90,9 @@ def batch(config: ConfigDict, mesh: Mesh) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     longest = text_length(config)
     return {
-        "codes": rng.integers(config.vqvae.n_codes, size=shapes["codes"], dtype=np.int32),
+        "codes": rng.integers(
+            networks.vqvae_config(config.vqvae).n_codes, size=shapes["codes"], dtype=np.int32
+        ),
         "text": rng.standard_normal(shapes["text"], np.float32),
         "text_length": rng.integers(1, longest + 1, size=shapes["text_length"], dtype=np.int32),
     }

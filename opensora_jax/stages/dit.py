@@ -96,8 +96,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
         text_length=text_length,
         **{name: data.metadata[name] for name in ("vqvae", "text_model", "fps", "downsample")},
         window=data.metadata.get("window"),
+        causal=data.metadata.get("causal", False),
     )
-    checkpoint.record_model(folder, description.to_json(), new_keys=("window", "latent_grids"))
+    description.record(folder)
 
     evaluations = []
     if validation_part:
@@ -164,7 +165,7 @@ def _latents(
             )
         if len(there.table) == len(data.codebook):
             return there
-    return build.latents(c, data.codebook, code_counts)
+    return build.latents(c, data.codebook, code_counts, tuple(data.metadata.get("levels", ())))
 
 
 def _expect_alike(sets: Sequence[LatentDataset]) -> None:
@@ -175,7 +176,7 @@ def _expect_alike(sets: Sequence[LatentDataset]) -> None:
     """
     first, *rest = sets
     for other in rest:
-        for key in ("vqvae_fingerprint", "text_model", "downsample", "fps", "window"):
+        for key in ("vqvae_fingerprint", "text_model", "downsample", "fps", "window", "causal"):
             one, two = first.metadata.get(key), other.metadata.get(key)
             if one != two:
                 raise DatasetError(

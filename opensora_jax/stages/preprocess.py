@@ -5,7 +5,6 @@ on, and written. Legend: T frames, H, W pixels; t, h, w codes; S tokens, D featu
 """
 
 import hashlib
-import math
 import os
 import shlex
 from collections import Counter
@@ -26,6 +25,7 @@ from opensora_jax.data.clips import Clip, Failed, Filtered, decode_clips
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import WindowEncoder, fingerprint, load_tokenizer
+from opensora_jax.windows import Windows
 
 _MOST_NAMES = 50  # of left-out videos on the screen; metadata.json names all
 _LONGEST_NAME = 255  # characters of each
@@ -109,7 +109,7 @@ def preprocess(
       max_frames: a video with more frames than this (after resampling) is filtered. None: none is,
         as none is where `n_frames` cuts them.
       n_frames: cut every video to this many frames, and filter shorter ones. None keeps all frames
-        but for a rest that is no multiple of the VQ-VAE's downsampling in time.
+        but for a rest that the tokenizer has no latent for.
       window: frames that are encoded together; None takes the length the VQ-VAE was trained on. A
         last, partial window is padded with its last frame, and the codes of the padding dropped.
       batch_size: windows encoded at a time, rounded up to a multiple of the number of devices.
@@ -151,7 +151,7 @@ def preprocess(
         "videos_per_part": videos_per_part,
         **({"flat": True} if flat else {}),  # which older datasets do not say
     }
-    _check_downsample(settings, model.downsample)
+    windows = _windows(settings, model)
     if _is_done(output, settings):
         print(f"preprocess: {output}: done already")
         return
@@ -167,6 +167,8 @@ def preprocess(
         "resolution": settings["resolution"],
         "downsample": list(model.downsample),
         "window": settings["window"],
+        "causal": model.causal,
+        **({"levels": list(model.levels)} if model.levels else {}),
         "settings": settings,
     }
     try:
@@ -179,11 +181,13 @@ def preprocess(
         except OSError as error:
             message = f"output={output}: cannot be written: {error.strerror}"
             raise PreprocessError(message) from error
-        records = _write_parts(entries, videos, output, model, text_encoder, settings, batch_size)
+        records = _write_parts(
+            entries, videos, output, model, text_encoder, settings, windows, batch_size
+        )
         _finish(output, metadata, records, np.asarray(model.codebook))
 
 
-def _write_parts(entries, videos, output, model, text_encoder, settings, batch_size):
+def _write_parts(entries, videos, output, model, text_encoder, settings, windows, batch_size):
     """Writes the parts that are still missing; returns the records of all."""
     records = dataset_writer.read_records(output)
     videos_per_part = settings["videos_per_part"]
@@ -192,7 +196,9 @@ def _write_parts(entries, videos, output, model, text_encoder, settings, batch_s
     known = dataset_writer.known_texts(output, len(records))
     n_codes = len(model.codebook)
     code_bytes = dataset_writer.code_dtype(n_codes).itemsize
-    pixels_a_byte = 3 * math.prod(model.downsample) // code_bytes
+    _, *space = model.downsample
+    height, width = (n // k for n, k in zip(settings["resolution"], space, strict=True))
+    latent_bytes = height * width * code_bytes
     encoder = WindowEncoder(model, settings["window"], batch_size)
     features = _CaptionFeatures(text_encoder.encode, todo)
     decoded = decode_clips(
@@ -202,7 +208,7 @@ def _write_parts(entries, videos, output, model, text_encoder, settings, batch_s
         fps=settings["fps"],
         max_frames=settings["max_frames"],
         n_frames=settings["n_frames"],
-        multiple=model.downsample[0],
+        windows=windows,
     )
     with tqdm(total=len(entries), initial=len(entries) - len(todo), unit="video") as bar:
         pairs = zip(todo, decoded, strict=True)
@@ -213,7 +219,7 @@ def _write_parts(entries, videos, output, model, text_encoder, settings, batch_s
                 if isinstance(clip, Clip):
                     encoder.add(clip.frames_THWC)
                     kept.append((entry, clip.fps))
-                    size += clip.frames_THWC.size // pixels_a_byte
+                    size += windows.latents(len(clip.frames_THWC)) * latent_bytes
                 else:
                     left_out.append(clip)
                 bar.update()
@@ -281,19 +287,32 @@ def _check_output(output):
         raise PreprocessError(f"output={output}: cannot be written: {nearest} is read-only")
 
 
-def _check_downsample(settings, downsample):
-    t, h, w = downsample
+def _windows(settings, model):
+    """How videos are cut in time, if `settings` fit the tokenizer."""
+    t, h, w = model.downsample
     height, width = settings["resolution"]
     if height < 1 or width < 1 or height % h or width % w:
         raise PreprocessError(
-            f"resolution={height}x{width}: expected multiples of the VQ-VAE's downsampling {h}x{w}"
+            f"resolution={height}x{width}: expected multiples of the tokenizer's downsampling "
+            f"{h}x{w}"
         )
-    for key in ("n_frames", "window"):
-        value = settings[key]
-        if value is not None and (value < 1 or value % t):
-            raise PreprocessError(
-                f"{key}={value}: expected a multiple of the VQ-VAE's downsampling in time, {t}"
-            )
+    n_frames, window = settings["n_frames"], settings["window"]
+    if n_frames is not None and n_frames < window:  # a window by itself
+        window = n_frames
+    key = "n_frames" if window == n_frames else "window"
+    try:
+        windows = Windows(t, model.causal, window)
+    except ValueError as error:
+        expected = str(error).partition(": ")[2]
+        raise PreprocessError(
+            f"{key}={window}: {expected}, the tokenizer's downsampling in time"
+        ) from None
+    if n_frames and windows.fit(n_frames) != n_frames:
+        raise PreprocessError(
+            f"n_frames={n_frames}: expected {windows.near(n_frames)}, the tokenizer's downsampling "
+            "in time"
+        )
+    return windows
 
 
 def _is_done(output, settings):

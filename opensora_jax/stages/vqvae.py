@@ -13,12 +13,13 @@ from ml_collections import ConfigDict
 
 from opensora_jax import files
 from opensora_jax import mesh as mesh_lib
+from opensora_jax.build import networks
 from opensora_jax.build import training as build
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import pipeline, video_io
 from opensora_jax.metrics import pixel, shapes
 from opensora_jax.stages import shapes as shapes_stage
-from opensora_jax.tasks.vqvae import VQVAETask
+from opensora_jax.tasks.vqvae import NEW_KEYS, VQVAETask, describe
 from opensora_jax.train import loop
 from opensora_jax.train.state import TrainState
 
@@ -43,7 +44,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     c = config.vqvae
     folder = epath.Path(workdir) / "vqvae"
     task = build.vqvae_task(c)
-    checkpoint.record_model(folder, dataclasses.asdict(task.config))
+    checkpoint.record_model(folder, describe(task.config), new_keys=NEW_KEYS)
     if build.is_trained(folder, c.steps):
         logger.info("vqvae: %s: done already", folder)
         return
@@ -78,9 +79,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _tokens(c: ConfigDict) -> int:
     """Codes that a step trains on."""
-    sides = (c.n_frames, c.resolution, c.resolution)
-    grid = [side // d for side, d in zip(sides, c.downsample, strict=True)]
-    return c.batch_size * int(np.prod(grid))
+    _, h, w = c.downsample
+    n_latents = networks.vqvae_windows(c).latents(c.n_frames)
+    return c.batch_size * n_latents * (c.resolution // h) * (c.resolution // w)
 
 
 def clip_source(config: ConfigDict, paths: Sequence[Path]) -> pipeline.ClipSource:

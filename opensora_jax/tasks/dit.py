@@ -1,6 +1,7 @@
 """Training of the DiT on code embeddings, and sampling, with either objective."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from opensora_jax.diffusion.objectives import Network, Objective
 from opensora_jax.mesh import PyTree
 from opensora_jax.models.codebook import nearest_codes
 from opensora_jax.models.dit import PLAIN, DiT, DiTConfig, Execution
+from opensora_jax.models.fsq import FSQ
 
 # Where validation measures the loss: losses look flat over training when levels are mixed.
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -25,12 +27,16 @@ class Latents:
 
     Attributes:
       table: (n_codes, dim) float32.
+      levels: of the codebook, where it is a grid (`models.fsq`): then codes are found by rounding.
     """
 
     table: np.ndarray
+    levels: tuple[int, ...] = ()
 
     @classmethod
-    def normalized(cls, codebook: np.ndarray, code_counts: np.ndarray) -> "Latents":
+    def normalized(
+        cls, codebook: np.ndarray, code_counts: np.ndarray, levels: tuple[int, ...] = ()
+    ) -> "Latents":
         """Embeddings of mean 0 and variance 1 in each channel over the data's codes.
 
         Args:
@@ -40,7 +46,8 @@ class Latents:
         share = (code_counts / code_counts.sum())[:, None]
         mean = (codebook * share).sum(axis=0)
         std = np.sqrt((((codebook - mean) ** 2) * share).sum(axis=0))
-        return cls(np.asarray((codebook - mean) / np.maximum(std, 1e-6), np.float32))
+        table = np.asarray((codebook - mean) / np.maximum(std, 1e-6), np.float32)
+        return cls(table, levels)
 
     def n_components(self, code_counts: np.ndarray, variance: float) -> int:
         """How many principal components hold this share of the variance over the data's codes."""
@@ -54,7 +61,8 @@ class Latents:
         """
         share = (code_counts / code_counts.sum())[:, None]
         table = self.table @ self._principal_axes(code_counts)[1][:, :n]
-        return Latents(np.asarray(table / np.sqrt((table**2 * share).sum() / n), np.float32))
+        table = np.asarray(table / np.sqrt((table**2 * share).sum() / n), np.float32)
+        return Latents(table, self.levels)
 
     def _principal_axes(self, code_counts):
         """Variances (dim,), the largest first, and directions (dim, dim), one a column."""
@@ -92,9 +100,21 @@ class Latents:
 
     def to_codes(self, x: jax.Array) -> jax.Array:
         """The nearest code (...) int32 of each denoised embedding (..., dim)."""
+        if self.levels:
+            back, offset = self._to_grid
+            grid = jnp.matmul(x, back, precision=jax.lax.Precision.HIGHEST) + offset
+            return FSQ(self.levels).nearest(grid)
         return nearest_codes(x.reshape(-1, self.channels), jnp.asarray(self.table)).reshape(
             x.shape[:-1]
         )
+
+    @functools.cached_property
+    def _to_grid(self) -> tuple[np.ndarray, np.ndarray]:
+        """Matrix and offset that lead from normalized embeddings back to the grid's own."""
+        grid = np.asarray(FSQ(self.levels).codebook())
+        with_one = np.concatenate([self.table, np.ones((len(self.table), 1))], axis=1)
+        solution = np.linalg.lstsq(with_one, grid, rcond=None)[0].astype(np.float32)
+        return solution[:-1], solution[-1]
 
 
 class DiTTask:

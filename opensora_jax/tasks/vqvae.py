@@ -1,4 +1,8 @@
-"""Training of the VQ-VAE on video clips."""
+"""Training of a video tokenizer on clips, whichever its network."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +12,33 @@ from jax.sharding import Mesh
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.mesh import PyTree
 from opensora_jax.models.codebook import perplexity
+from opensora_jax.models.cosmos import Cosmos, CosmosConfig
+from opensora_jax.models.tokenizer import Tokenizer
 from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
+
+# By the name that `config.vqvae` and model.json say.
+ARCHITECTURES = {"videogpt": (VQVAEConfig, VQVAE), "cosmos": (CosmosConfig, Cosmos)}
+# Of model.json, which older ones lack.
+NEW_KEYS = ("architecture", "levels")
+
+
+def describe(config: VQVAEConfig | CosmosConfig) -> dict[str, Any]:
+    """What model.json says of a tokenizer."""
+    name = next(name for name, (kind, _) in ARCHITECTURES.items() if type(config) is kind)
+    return {"architecture": name, **dataclasses.asdict(config)}
+
+
+def from_description(found: Mapping[str, Any]) -> VQVAEConfig | CosmosConfig:
+    """The inverse of `describe`.
+
+    Raises:
+      TypeError, ValueError, OverflowError: it describes no tokenizer.
+    """
+    sizes = dict(found)
+    name = sizes.pop("architecture", "videogpt")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture={name}: expected one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name][0](**sizes)
 
 
 def to_float(video: jax.Array) -> jax.Array:
@@ -30,23 +60,27 @@ class VQVAETask:
         quantized ones, more and more of them; by default all are quantized from the first step.
       end_weight: of the first and last frame of a clip in the loss, which see frames on one side
         only; 1: all alike.
+      distance: l2 or l1, of reconstructions.
     """
 
     def __init__(
         self,
-        config: VQVAEConfig,
+        config: VQVAEConfig | CosmosConfig,
         *,
         dtype: jnp.dtype = jnp.float32,
         quantize_between: tuple[int, int] = (-1, 0),
         end_weight: float = 1.0,
+        distance: str = "l2",
     ):
         self.config, self._dtype = config, dtype
         self._quantize_between, self._end_weight = quantize_between, end_weight
-        model = nnx.eval_shape(lambda: VQVAE(config, rngs=nnx.Rngs(0), dtype=dtype))
+        self._distance = distance
+        self._kind = next(model for kind, model in ARCHITECTURES.values() if type(config) is kind)
+        model = nnx.eval_shape(lambda: self._kind(config, rngs=nnx.Rngs(0), dtype=dtype))
         self._graphdef, self._params, _ = nnx.split(model, nnx.Param, ...)
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        model = VQVAE(self.config, rngs=nnx.Rngs(key), dtype=self._dtype)
+        model = self._kind(self.config, rngs=nnx.Rngs(key), dtype=self._dtype)
         _, params, extra = nnx.split(model, nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(extra)
 
@@ -54,7 +88,7 @@ class VQVAETask:
         shardings = mesh_lib.param_shardings(self._params, mesh_lib.VQVAE_RULES, mesh)
         return nnx.to_pure_dict(shardings)
 
-    def model(self, params: PyTree, extra: PyTree) -> VQVAE:
+    def model(self, params: PyTree, extra: PyTree) -> Tokenizer:
         """The model of a state, in evaluation mode."""
         model = nnx.merge(self._graphdef, params, extra)
         model.eval()
@@ -72,7 +106,7 @@ class VQVAETask:
         model.train()
         start, end = self._quantize_between
         share = jnp.clip((step - start) / max(end - start, 1), 0.0, 1.0)
-        out = model.losses(to_float(batch["video"]), key, share, self._end_weight)
+        out = model.losses(to_float(batch["video"]), key, share, self._end_weight, self._distance)
         _, _, extra = nnx.split(model, nnx.Param, ...)
         return self._total(out), (nnx.to_pure_dict(extra), self._metrics(out))
 
@@ -80,7 +114,7 @@ class VQVAETask:
         self, params: PyTree, extra: PyTree, batch: dict[str, jax.Array]
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """(scalars, {"recon": uint8 videos, "codes": ...}) with the statistics as they stand."""
-        out = self.model(params, extra).losses(to_float(batch["video"]))
+        out = self.model(params, extra).losses(to_float(batch["video"]), distance=self._distance)
         scalars = {"loss": self._total(out), **self._metrics(out)}
         return scalars, {"recon": to_uint8(out["recon"]), "codes": out["codes"]}
 

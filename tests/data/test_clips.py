@@ -7,8 +7,15 @@ from videos import gradient_video, write_encoded
 
 from opensora_jax.data.clips import Clip, Failed, Filtered, decode_clips, map_ahead
 from opensora_jax.data.video_io import read_video, write_video
+from opensora_jax.windows import Windows
 
-OPTIONS = {"resolution": (16, 24), "fps": None, "max_frames": 10, "n_frames": None, "multiple": 4}
+OPTIONS = {
+    "resolution": (16, 24),
+    "fps": None,
+    "max_frames": 10,
+    "n_frames": None,
+    "windows": Windows(4, False, 4),
+}
 
 
 def test_each_video_is_a_clip_or_the_reason_why_not_in_order(tmp_path):

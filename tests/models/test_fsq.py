@@ -35,13 +35,13 @@ def test_nearest_is_the_nearest(fsq):
 def test_quantizing_reaches_every_level_and_no_other():
     z = np.linspace(-20, 20, 4001, dtype=np.float32)[:, None]
     for n in (2, 3, 5, 8):
-        codes = np.asarray(FSQ((n,)).quantize(jnp.asarray(z)))
+        codes = np.asarray(FSQ((n,)).codes(jnp.asarray(z)))
         assert sorted(set(codes.tolist())) == list(range(n))
         assert (np.diff(codes) >= 0).all()
 
 
 def test_zero_is_the_middle_level():
-    assert FSQ((8, 5)).quantize(jnp.zeros((2,))) == 4 + 8 * 2
+    assert FSQ((8, 5)).codes(jnp.zeros((2,))) == 4 + 8 * 2
 
 
 @pytest.mark.parametrize("levels", [(), (8, 1), (2,) * 31])

@@ -7,6 +7,7 @@ import pytest
 
 from opensora_jax.diffusion.objectives import DDPM
 from opensora_jax.models.dit import DiTConfig
+from opensora_jax.models.fsq import FSQ
 from opensora_jax.tasks.dit import DiTTask, Latents
 
 CHANNELS, GRID, B = 4, (1, 2, 2), 4
@@ -125,3 +126,24 @@ def test_without_guidance_the_null_text_is_not_seen(task, params):
     codes = [sample(p, *given, steps=4, guidance=1.0) for p in (params, broken)]
     np.testing.assert_array_equal(*codes)
     assert len(np.unique(codes[0])) > 2
+
+
+@pytest.mark.parametrize("components", [3, 2])
+def test_codes_of_a_grid_are_found_by_rounding(components):
+    """As nearest neighbours are, where no dimension was dropped; else every code finds itself."""
+    levels = (5, 4, 3)
+    grid = np.asarray(FSQ(levels).codebook())
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 100, len(grid))
+    whole = Latents.normalized(grid, counts, levels)
+    x = whole.table + 0.4 * rng.standard_normal(whole.table.shape).astype(np.float32)
+    by_search = Latents(whole.table).to_codes(jnp.asarray(x))
+    np.testing.assert_array_equal(whole.to_codes(jnp.asarray(x)), by_search)
+    turned = whole.principal(counts, components)
+    codes = np.asarray(turned.to_codes(jnp.asarray(turned.table)))
+    assert turned.levels == levels
+    if components == 3:
+        np.testing.assert_array_equal(codes, np.arange(len(grid)))
+    else:
+        assert codes.shape == (len(grid),)
+        assert codes.max() < len(grid)
