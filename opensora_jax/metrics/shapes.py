@@ -5,6 +5,7 @@ made: it only assumes one saturated, upright shape on a muted background.
 """
 
 import colorsys
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -70,6 +71,58 @@ def score(videos: Iterable[np.ndarray], labels: Sequence[tuple[str, str, str]]) 
     names = ("color", "shape", "direction")
     by_attribute = {name: float(share) for name, share in zip(names, shares, strict=True)}
     return {"all": float(np.mean(np.all(right, axis=1))), **by_attribute}
+
+
+def outline(video: np.ndarray, shape: str) -> float:
+    """How well one rigid outline of `shape` covers what a video shows, from 0 to 1.
+
+    The outline may be anywhere in each frame, but keeps its width and height: of the best one, the
+    mean over the frames of the intersection over the union of its pixels and the shape's.
+
+    Args:
+      video: uint8 (T, H, W, 3).
+      shape: one of `SHAPES`.
+    """
+    segmented = _segment(video.astype(np.float32))
+    if segmented is None:
+        return 0.0
+    mask_THW = segmented[1] > 0.5
+    located = _locate(mask_THW.astype(np.float32))
+    if located is None:
+        return 0.0
+    frames, center_N2, spread_2 = located
+    mask_NHW, best = mask_THW[frames], (-1.0, spread_2, center_N2)
+
+    def overlap_N(spread, center):
+        inside_NHW = _distances(mask_NHW.shape[1:], center, spread)[shape] < 0
+        union_N = (inside_NHW | mask_NHW).sum((1, 2))
+        return (inside_NHW & mask_NHW).sum((1, 2)) / np.maximum(union_N, 1)
+
+    steps = np.linspace(-1, 1, 5)  # pixels
+    for scale in (0.06, 0.06, 0.02):
+        _, spread, center = best
+        for factors in itertools.product(1 + scale * np.arange(-3, 4), repeat=2):
+            overlap = float(overlap_N(spread * factors, center).mean())
+            best = max(best, (overlap, spread * factors, center), key=lambda found: found[0])
+        _, spread, center = best
+        moved = [center + offset for offset in itertools.product(steps, repeat=2)]
+        overlaps_KN = np.stack([overlap_N(spread, place) for place in moved])
+        chosen_N = overlaps_KN.argmax(axis=0)
+        center = np.stack(moved)[chosen_N, np.arange(len(chosen_N))]
+        best = (float(overlaps_KN.max(axis=0).mean()), spread, center)
+    # Where there is no shape, nothing is covered.
+    return best[0] * len(frames) / len(mask_THW)
+
+
+def outline_score(
+    videos: Iterable[np.ndarray], labels: Sequence[tuple[str, str, str]]
+) -> dict[str, float]:
+    """`outline` of the labels' shapes: the mean over the videos, and that of the worst tenth."""
+    found = sorted(
+        outline(video, shape) for video, (_, shape, _) in zip(videos, labels, strict=True)
+    )
+    worst = found[: max(len(found) // 10, 1)]
+    return {"mean": float(np.mean(found)), "worst_tenth": float(np.mean(worst))}
 
 
 def _smooth(video_THW3):
@@ -152,20 +205,7 @@ def _color(rgb_3):
 
 def _shape(coverage_NHW, center_N2, spread_2):
     """The shape whose silhouette of the same position and spread resembles the coverage most."""
-    height, width = coverage_NHW.shape[1:]
-    y_NH1 = (np.arange(height) + 0.5 - center_N2[:, :1])[:, :, None] / spread_2[0]
-    x_N1W = (np.arange(width) + 0.5 - center_N2[:, 1:])[:, None, :] / spread_2[1]
-    # Distances to the outlines of a circle, a square and a triangle of unit variance along x and y.
-    half_base = np.sqrt(6)
-    below = np.sqrt(2)  # from the centroid down to the base; the apex is 2 * below above it
-    slope = 3 * below / half_base
-    distances = {
-        "circle": np.hypot(x_N1W, y_NH1) - 2,
-        "square": np.maximum(np.abs(x_N1W), np.abs(y_NH1)) - np.sqrt(3),
-        "triangle": np.maximum(
-            y_NH1 - below, (np.abs(x_N1W) * slope - y_NH1 - 2 * below) / np.hypot(slope, 1)
-        ),
-    }
+    distances = _distances(coverage_NHW.shape[1:], center_N2, spread_2)
     # Edges are about three pixels wide after compression and smoothing.
     softness = 3 / np.sqrt(spread_2[0] * spread_2[1])
     energy = (coverage_NHW**2).sum()
@@ -176,6 +216,24 @@ def _shape(coverage_NHW, center_N2, spread_2):
     best, second, _ = sorted(misfit, key=misfit.get)
     clear = misfit[best] < min(_LARGEST_MISFIT, misfit[second] / _LEAST_MARGIN)
     return best if clear else None
+
+
+def _distances(sides, center_N2, spread_2):
+    """Of each pixel to the outlines of a circle, a square and a triangle of this spread, in units
+    of the spread, negative inside: (N, H, W) each."""
+    height, width = sides
+    y_NH1 = (np.arange(height) + 0.5 - center_N2[:, :1])[:, :, None] / spread_2[0]
+    x_N1W = (np.arange(width) + 0.5 - center_N2[:, 1:])[:, None, :] / spread_2[1]
+    half_base = np.sqrt(6)
+    below = np.sqrt(2)  # from the centroid down to the base; the apex is 2 * below above it
+    slope = 3 * below / half_base
+    return {
+        "circle": np.hypot(x_N1W, y_NH1) - 2,
+        "square": np.maximum(np.abs(x_N1W), np.abs(y_NH1)) - np.sqrt(3),
+        "triangle": np.maximum(
+            y_NH1 - below, (np.abs(x_N1W) * slope - y_NH1 - 2 * below) / np.hypot(slope, 1)
+        ),
+    }
 
 
 def _direction(frames, center_N2, n_frames, sides):

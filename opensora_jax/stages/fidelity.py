@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 from opensora_jax import files
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.checkpoint import manager as checkpoint
-from opensora_jax.data import moving_shapes
+from opensora_jax.data import moving_shapes, video_io
 from opensora_jax.inference.generator import Generator
 from opensora_jax.metrics import shapes
+from opensora_jax.stages import shapes as shapes_stage
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +24,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     {"step": of that checkpoint, "seen": {"all", "color", "shape", "direction"}, "held_out": {...},
     "n_samples": {...}}: shares of the samples that show what their caption says, for combinations
-    that were trained on and for those that never were. Of a model of several sizes of videos there
-    is "sizes", too: by frames x height x width what "seen" says, of all combinations.
+    that were trained on and for those that never were. "outline": how well one rigid outline of
+    the asked shape covers what is seen (`metrics.shapes.outline_score`), of "samples" and of "real"
+    files, of all combinations. Of a model of several sizes of videos there is "sizes", too: by
+    frames x height x width what "seen" says, of all combinations.
     """
     workdir = Path(workdir)
     path = workdir / "fidelity.json"
@@ -61,6 +64,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
         result["n_samples"][name] = len(index)
         if index:
             result[name] = shapes.score(videos[index], [combinations[i] for i in index])
+    real = shapes_stage.labelled_videos(workdir, "held_out")
+    result["outline"] = {
+        "samples": shapes.outline_score(videos, combinations),
+        "real": shapes.outline_score(map(video_io.read_video, real[0]), real[1]),
+    }
     for i, grid in enumerate(generator.grids):
         sized = draw(grid) if i else videos
         size = "x".join(map(str, sized.shape[1:4]))

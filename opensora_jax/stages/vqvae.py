@@ -166,6 +166,8 @@ class Reconstruction:
         if self._videos.labels:
             score = shapes.score(recons, self._videos.labels)
             result |= {f"detected_{name}": value for name, value in score.items()}
+            score = shapes.outline_score(recons, self._videos.labels)
+            result |= {f"outline_{name}": value for name, value in score.items()}
         if jax.process_index() == 0:
             self._write(folder, int(state.step), recons, result, counts)
         return {f"{self._kind}/{name}": float(value) for name, value in result.items()}

@@ -111,7 +111,8 @@ class Latents:
     @functools.cached_property
     def _to_grid(self) -> tuple[np.ndarray, np.ndarray]:
         """Matrix and offset that lead from normalized embeddings back to the grid's own."""
-        grid = np.asarray(FSQ(self.levels).codebook())
+        with jax.ensure_compile_time_eval():  # it may first be asked for while tracing
+            grid = np.asarray(FSQ(self.levels).codebook())
         with_one = np.concatenate([self.table, np.ones((len(self.table), 1))], axis=1)
         solution = np.linalg.lstsq(with_one, grid, rcond=None)[0].astype(np.float32)
         return solution[:-1], solution[-1]

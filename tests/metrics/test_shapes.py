@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from opensora_jax.data import moving_shapes, video_io
+from opensora_jax.metrics import shapes
 from opensora_jax.metrics.shapes import detect
 
 MIRRORED = {"left": "right", "right": "left", "up": "up", "down": "down"}
@@ -170,3 +171,29 @@ def test_two_shapes_of_different_colors_are_none():
 def test_not_such_a_video(video):
     with pytest.raises(ValueError, match="expected uint8"):
         detect(video)
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_a_rigid_outline_covers_a_rigid_shape_and_no_other(shape):
+    rng = np.random.default_rng(0)
+    video = moving_shapes.render(rng, "red", shape, "left", 8, 32)
+    assert shapes.outline(video, shape) > 0.9
+    for other in set(shapes.SHAPES) - {shape}:
+        assert shapes.outline(video, other) < shapes.outline(video, shape) - 0.05
+    # One that swells from frame to frame is not rigid.
+    swelling = np.stack(
+        [np.kron(f, np.ones((1 + i % 2, 1, 1), np.uint8))[:32] for i, f in enumerate(video)]
+    )
+    assert shapes.outline(swelling, shape) < shapes.outline(video, shape) - 0.05
+    assert shapes.outline(np.full((8, 32, 32, 3), 128, np.uint8), shape) == 0.0
+
+
+def test_outlines_of_many_videos():
+    rng = np.random.default_rng(0)
+    labels = [moving_shapes.ALL[i % len(moving_shapes.ALL)] for i in range(20)]
+    videos = [moving_shapes.render(rng, *label, 8, 32) for label in labels]
+    score = shapes.outline_score(videos, labels)
+    assert 0.85 < score["worst_tenth"] <= score["mean"] <= 1
+    grey = np.full_like(videos[0], 128)
+    with_one = shapes.outline_score([grey, *videos[1:]], labels)
+    assert with_one["worst_tenth"] < score["worst_tenth"] / 1.5
