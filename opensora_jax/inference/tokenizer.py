@@ -99,7 +99,13 @@ def import_tokenizer(source: epath.PathLike, model: Tokenizer, output: epath.Pat
     Raises:
       ValueError: frames that no latents stand for, or another model in `output`.
     """
-    Windows(model.downsample[0], model.causal, model.n_frames)
+    try:
+        Windows(model.downsample[0], model.causal, model.n_frames)
+    except ValueError as error:
+        expected = str(error).partition(": ")[2]
+        raise ValueError(
+            f"n_frames={model.n_frames}: {expected}, the downsampling in time"
+        ) from None
     if epath.Path(output).is_file():
         raise ValueError(f"{output}: a file, expected a folder or nothing")
     try:

@@ -54,7 +54,7 @@ def gather(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
         "fidelity": _fidelity(fidelity, reconstruction),
         "dit": curves.gather(workdir / "dit"),
         "reconstructions": _reconstructions(workdir / "vqvae" / "samples", reconstruction),
-        "codebook": _codebook(reconstruction),
+        "codebook": _codebook(workdir / "vqvae" / "code_counts.npy", reconstruction),
         "vqvae": curves.gather(workdir / "vqvae"),
         "dataset": _dataset(_read(workdir / "dataset" / "metadata.json")),
         "provenance": _provenance(workdir, seconds),
@@ -161,8 +161,10 @@ def _reconstructions(folder, reconstruction):
     }
 
 
-def _codebook(reconstruction):
-    counts = np.asarray(reconstruction.get("code_counts", []))
+def _codebook(path, reconstruction):
+    counts = np.asarray(reconstruction.get("code_counts", []))  # as older ones have them
+    if path.exists():
+        counts = np.load(path, allow_pickle=False)
     if not counts.sum():
         return None
     figures = [(f"{np.count_nonzero(counts):,}", f"of {len(counts):,} codes used")]

@@ -35,7 +35,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     Beside checkpoints and metrics it writes reconstruction.json (PSNR in dB, SSIM, perplexity and
     number of codes used and, for moving shapes, the share of reconstructions whose color, shape
-    and direction `detect` still reads) and samples/*.mp4, originals above reconstructions.
+    and direction `detect` still reads and how well rigid outlines cover them), code_counts.npy, how
+    often each code was used, and samples/*.mp4, originals above reconstructions.
 
     Raises:
       FileNotFoundError: no videos.
@@ -193,5 +194,7 @@ class Reconstruction:
         samples.mkdir(exist_ok=True)
         with files.local(samples / f"step{step:06d}.mp4") as path:
             video_io.write_video(path, np.concatenate(rows, axis=1), self._videos.fps)
-        written = {"step": step, "videos": self._kind, **result, "code_counts": counts.tolist()}
+        with files.local(folder / "code_counts.npy") as path, path.open("wb") as file:
+            np.save(file, counts)
+        written = {"step": step, "videos": self._kind, **result}
         files.write_json(folder / "reconstruction.json", written)

@@ -161,7 +161,7 @@ def test_many_and_large_videos_are_left_out(tmp_path, monkeypatch):
         ("fidelity.json", "Does a sample show what its caption says?"),
         ("dit/metrics.jsonl", "DiT training"),
         ("vqvae/samples", "What the VQ-VAE keeps of a video"),
-        ("vqvae/reconstruction.json", "Codebook use"),
+        ("vqvae/code_counts.npy", "Codebook use"),
         ("vqvae/metrics.jsonl", "VQ-VAE training"),
         ("dataset/metadata.json", "Dataset"),
     ],

@@ -211,7 +211,7 @@ def test_fixed_length_and_frame_rate(world, tmp_path, capsys):
     ("options", "message"),
     [
         ({"resolution": 18}, "resolution=18x18: expected multiples of .* 4x4"),
-        ({"window": 6}, "window=6: expected a multiple of .* time, 4"),
+        ({"window": 6}, "window=6: expected a multiple of 4, the tokenizer"),
         ({"n_frames": 6}, "n_frames=6: expected a multiple"),
         ({"fps": float("inf")}, r"fps=inf: expected 0\.01 to 1000"),
         ({"max_frames": 0}, "max_frames=0: expected at least 1"),

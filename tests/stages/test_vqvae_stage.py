@@ -1,11 +1,17 @@
 """The stage that trains the VQ-VAE: its evaluation."""
 
+import json
+
+import jax
+import numpy as np
 import pytest
 
 from configs import quickstart
 from opensora_jax import config as config_lib
 from opensora_jax import files, main
+from opensora_jax.build import training as build
 from opensora_jax.data import moving_shapes
+from opensora_jax.inference.tokenizer import WindowEncoder, decode, load_tokenizer
 from opensora_jax.tasks.vqvae import VQVAETask
 
 
@@ -47,3 +53,85 @@ def test_evaluation_takes_no_more_at_once_than_training(config, tmp_path, monkey
     assert seen == [16, 8]
     # Batch statistics in training go by the microbatch, so only roughly the same.
     assert found[0]["psnr"] == pytest.approx(found[1]["psnr"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [
+        ({"quantizer": "fsq", "levels": (8, 5, 5)}, (4, 8, 8)),
+        (
+            {
+                "architecture": "cosmos",
+                "quantizer": "fsq",
+                "levels": (8, 5, 5),
+                "distance": "l1",
+                "patch": 2,
+                "multipliers": (1, 2),
+                "n_hiddens": 8,
+                "n_res_layers": 1,
+                "n_frames": 7,
+            },
+            (4, 8, 8),
+        ),
+    ],
+    ids=["videogpt", "cosmos"],
+)
+def test_each_kind_is_trained_and_opened(config, tmp_path, fields, shape):
+    """On eight devices, weights and clips sharded, and gone on with after an interruption."""
+    config.vqvae.update(**fields, checkpoint_every=1)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    config_lib.check(config)
+    main.run(config, tmp_path)
+    with config.ignore_type():
+        config.vqvae.steps = 3
+    main.run(config, tmp_path)
+    folder = tmp_path / "vqvae"
+    assert files.read_json(folder / "reconstruction.json")["step"] == 3
+    assert np.load(folder / "code_counts.npy").shape == (200,)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    losses = [x["loss"] for x in map(json.loads, lines) if "loss" in x]
+    assert np.isfinite(losses).all()
+    model = load_tokenizer(folder)
+    assert model.levels == (8, 5, 5)
+    n_frames = config.vqvae.n_frames
+    encoder = WindowEncoder(model, n_frames, 8)
+    encoder.add(np.zeros((n_frames, 16, 16, 3), np.uint8))
+    (codes,) = encoder.finish()
+    assert codes.shape == shape
+    assert decode(model, codes[None]).shape == (1, n_frames, 16, 16, 3)
+
+
+def test_gradients_pass_the_rounding(config):
+    """Straight through: the encoder learns, though codes are whole numbers."""
+
+    config.vqvae.update(quantizer="fsq", levels=(8, 5, 5), quantize_to=0.0, quantize_from=0.0)
+    task = build.vqvae_task(config.vqvae)
+    params, extra = task.init(jax.random.key(0))
+    video = np.random.default_rng(0).integers(0, 255, (2, 8, 16, 16, 3), np.uint8)
+    grads, _ = jax.jit(jax.grad(task.loss, has_aux=True))(
+        params, extra, {"video": video}, jax.random.key(1), 1
+    )
+    assert all(float(abs(g).max()) > 0 for g in jax.tree.leaves(grads["pre_vq"]))
+    assert float(abs(grads["encoder_convs"][0]["kernel"]).max()) > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architecture": "cosmos"}, r"vqvae\.quantizer='vq': expected fsq"),
+        (
+            {"architecture": "cosmos", "quantizer": "fsq", "n_res_layers": 1},
+            r"vqvae\.n_frames=8: expected 1 and a multiple of vqvae\.downsample\[0\]=2",
+        ),
+        (
+            {"architecture": "cosmos", "quantizer": "fsq", "n_res_layers": 1, "n_frames": 9},
+            r"config\.vqvae: downsample=\(2, 2, 2\): not what patches of 4",
+        ),
+        ({"levels": (8, 1)}, r"vqvae\.levels=.*: expected integers of at least 2"),
+        ({"quantizer": "lfq"}, r"vqvae\.quantizer='lfq': expected one of vq, fsq"),
+    ],
+)
+def test_what_does_not_fit_is_named(config, fields, message):
+    config.vqvae.update(fields)
+    with pytest.raises(ValueError, match=message):
+        config_lib.check(config)
