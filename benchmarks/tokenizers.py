@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from configs import quickstart  # noqa: E402
 from opensora_jax import files  # noqa: E402
 from opensora_jax.build import networks  # noqa: E402
+from opensora_jax.stages import vqvae  # noqa: E402
 
 # Fields of config.vqvae, beside the quickstart's.
 KINDS = {
@@ -72,14 +73,15 @@ def main() -> None:
                 (probe / "shapes").symlink_to(work / "shapes" / "shapes")
             run(probe, fields | {"steps": PROBE, "log_every": PROBE // 2}, "vqvae", *source)
             lines = (probe / "vqvae" / "metrics.jsonl").read_text().splitlines()
-            rates = [x["steps_per_second"] for x in map(json.loads, lines) if "loss" in x]
-            steps = max(round(rates[-1] * args.seconds), 2 * PROBE)
+            rates = [x["tokens_per_second"] for x in map(json.loads, lines) if "loss" in x]
+            config = quickstart.get_config().vqvae
+            config.update(fields)
+            n_tokens = vqvae.tokens(config)
+            steps = max(round(rates[-1] * args.seconds / n_tokens), 2 * PROBE)
             start = time.perf_counter()
             run(folder, fields | {"steps": steps}, "vqvae", *source)
             seconds = time.perf_counter() - start
             result = files.read_json(folder / "vqvae" / "reconstruction.json")
-            config = quickstart.get_config().vqvae
-            config.update(fields)
             n_codes = networks.vqvae_config(config).n_codes
             found.append(
                 {"data": data, "kind": kind, "steps": steps, "seconds": round(seconds)}

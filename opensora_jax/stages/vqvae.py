@@ -71,14 +71,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
         folder=folder,
         settings=build.loop_settings(c, config.profile),
         step_settings=build.step_settings(c, config.seed),
-        throughput=build.throughput(_tokens(c)),
+        throughput=build.throughput(tokens(c)),
         evaluations=[loop.Evaluation(c.eval_every, lambda state: evaluate(state, folder))],
         config=build.recorded(config, "vqvae"),
     )
     build.mark_trained(folder, c.steps)
 
 
-def _tokens(c: ConfigDict) -> int:
+def tokens(c: ConfigDict) -> int:
     """Codes that a step trains on."""
     _, h, w = c.downsample
     n_latents = networks.vqvae_windows(c).latents(c.n_frames)

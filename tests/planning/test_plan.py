@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import default
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import plan
 from opensora_jax.models import flops
@@ -286,3 +287,12 @@ def test_sampling_takes_a_share_of_the_weights_and_a_training_counts_it():
 def test_a_slice_that_does_not_exist():
     with pytest.raises(ValueError, match=r"--topology=v5p:3x5: expected .*chips_per_host_bounds"):
         chips.tpu_slice("v5p:3x5")
+
+
+def test_latents_of_a_causal_tokenizer_are_counted_as_it_counts():
+    config = default.get_config()
+    config.vqvae.update(architecture="cosmos", quantizer="fsq", downsample=(4, 8, 8), n_frames=17)
+    assert synthetic.latent_grid(config) == (5, 16, 16)
+    assert synthetic.training(config).task.latents.table.shape == (64_000, 6)
+    config.vqvae.update(architecture="videogpt", n_frames=16)
+    assert synthetic.latent_grid(config) == (4, 16, 16)
