@@ -59,6 +59,13 @@ def main() -> None:
         default=0,
         help="frames that are encoded together; 0: the length the tokenizer was trained on",
     )
+    add(
+        "--tile",
+        type=int,
+        default=0,
+        help="pixels of the overlapping tiles that frames too large for the device are encoded in; "
+        "0: whole",
+    )
     add("--batch_size", type=int, default=8, help="windows at a time")
     add(
         "--videos_per_part",
@@ -77,7 +84,7 @@ def main() -> None:
     if len(resolution) > 2:
         parser.error(f"--resolution {resolution}: expected one or two numbers")
     arguments["resolution"] = (resolution * 2)[:2]  # one number stands for both sides
-    for name in ("fps", "max_frames", "n_frames", "window"):
+    for name in ("fps", "max_frames", "n_frames", "window", "tile"):
         arguments[name] = arguments[name] or None
     paths = [arguments.pop(name) for name in ("captions", "videos", "output")]
     runtime.keep_compiled_programs()

@@ -185,6 +185,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "max_frames": at_least(0),
         "n_frames": at_least(0),
         "window": at_least(0),
+        "tile": at_least(0),
         "batch_size": at_least(1),
         "videos_per_part": at_least(1),
         "flat": true_or_false,
@@ -370,6 +371,11 @@ def check_codes(
     if any((resolutions % n).any() for n in factors):
         multiple = " and ".join(map(str, dict.fromkeys(factors)))
         raise_invalid(c, "preprocess.resolution", f"a multiple of {multiple}: {of}")
+    if c.preprocess.tile and any(
+        c.preprocess.tile % n or c.preprocess.tile < 2 * n for n in spatial
+    ):
+        multiple = " and ".join(map(str, dict.fromkeys(spatial)))
+        raise_invalid(c, "preprocess.tile", f"0, or two or more times {multiple}: {source}")
     n_frames = c.preprocess.n_frames
     try:
         windows = Windows(t, causal, c.preprocess.window or window)

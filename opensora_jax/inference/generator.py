@@ -39,6 +39,7 @@ class DiTDescription:
       downsample: (T, H, W), pixels a latent.
       window: frames that were encoded together; None: as many as the tokenizer was trained on.
       causal: whether the first frame of a window has a latent of its own.
+      tile: pixels of the tiles that videos were encoded in, and are decoded in; None: whole.
     """
 
     dit: DiTConfig
@@ -53,6 +54,7 @@ class DiTDescription:
     window: int | None = None
     latent_grids: tuple[tuple[int, int, int], ...] = ()
     causal: bool = False
+    tile: int | None = None
 
     def record(self, folder: epath.PathLike) -> None:
         """Writes it into `folder`, or checks that the same is there.
@@ -106,7 +108,7 @@ class DiTDescription:
 
 # Of model.json; older ones lack the latter.
 _PLAIN = ("latent_grid", "text_length", "vqvae", "text_model", "fps", "downsample")
-_NEW = ("window", "latent_grids", "causal")
+_NEW = ("window", "latent_grids", "causal", "tile")
 # Normalized embeddings, (n_codes, dim) float32; model.json says their digest.
 _TABLE = "latents.npy"
 
@@ -288,7 +290,8 @@ class Generator:
                 codes = self._sample(params, *inputs, steps=steps, guidance=guidance)
             # By way of the host: the DiT may be on many devices, the tokenizer is on one.
             codes = jax.device_get(codes)
-            videos.append(decode(self._tokenizer, codes, self._description.window)[: n - start])
+            d = self._description
+            videos.append(decode(self._tokenizer, codes, d.window, d.tile)[: n - start])
         return np.concatenate(videos)
 
     def write(self, folder: epath.Path, prompts: list[str], videos: np.ndarray) -> None:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from opensora_jax import files
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert import cosmos, videogpt
+from opensora_jax.inference.tiles import Tiles
 from opensora_jax.models.tokenizer import Tokenizer
 from opensora_jax.tasks.vqvae import (
     NEW_KEYS,
@@ -118,7 +119,9 @@ def import_tokenizer(source: epath.PathLike, model: Tokenizer, output: epath.Pat
     return False
 
 
-def decode(model: Tokenizer, codes: jax.Array, window: int | None = None) -> np.ndarray:
+def decode(
+    model: Tokenizer, codes: jax.Array, window: int | None = None, tile: int | None = None
+) -> np.ndarray:
     """Codes (B, t, h, w) -> videos uint8 (B, T, H, W, 3), window by window.
 
     The mirror of `WindowEncoder`: a last, partial window is filled up with its last codes, and
@@ -126,14 +129,21 @@ def decode(model: Tokenizer, codes: jax.Array, window: int | None = None) -> np.
 
     Args:
       window: frames that were encoded together; None: as many as the model was trained on.
+      tile: pixels of the tiles that larger videos are decoded in; None: whole.
+
+    Raises:
+      ValueError: a tile that does not fit the downsampling.
     """
+    _, *space = model.downsample
+    tiles = Tiles.of(codes.shape[2:], space, tile)
     windows = Windows(model.downsample[0], model.causal, window or model.n_frames)
     n, window = codes.shape[1], windows.latents(windows.frames)
     graph, state = nnx.split(model)
     pieces = []
     for start in range(0, n, window):
         index = np.minimum(np.arange(start, start + window), n - 1)
-        pieces.append(np.asarray(_decode_window(graph, state, codes[:, index])))
+        piece = codes[:, index]
+        pieces.append(tiles.decode(functools.partial(_decode_window, graph, state), piece, space))
     return np.concatenate(pieces, axis=1)[:, : windows.n_frames(n)]
 
 
@@ -154,14 +164,16 @@ class WindowEncoder:
 
     Args:
       window: frames that are encoded together.
+      tile: pixels of the tiles that larger videos are encoded in; None: whole.
       batch_size: windows at a time, rounded up to a multiple of the number of devices.
     """
 
-    def __init__(self, model: Tokenizer, window: int, batch_size: int):
+    def __init__(self, model: Tokenizer, window: int, batch_size: int, tile: int | None = None):
         devices = jax.local_devices()
         mesh = Mesh(devices, ("data",))
         self._window = window
         self._windows = Windows(model.downsample[0], model.causal, window)
+        self._space, self._tile = model.downsample[1:], tile
         self._batch_size = -(-batch_size // len(devices)) * len(devices)
         self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
         self._graph, state = nnx.split(model)
@@ -191,11 +203,16 @@ class WindowEncoder:
         for row, (_, window_THWC) in zip(batch_BTHWC, self._waiting, strict=False):
             row[: len(window_THWC)] = window_THWC
             row[len(window_THWC) :] = window_THWC[-1]
-        batch_BTHWC = jax.device_put(batch_BTHWC, self._batch_sharding)
-        codes_Bthw = np.asarray(_encode(self._graph, self._state, batch_BTHWC))
+        cells = [n // d for n, d in zip(shape_HWC[:2], self._space, strict=True)]
+        tiles = Tiles.of(tuple(cells), self._space, self._tile)
+        codes_Bthw = tiles.encode(self._encode_whole, batch_BTHWC, self._space)
         for (i, window_THWC), codes_thw in zip(self._waiting, codes_Bthw, strict=False):
             self._codes[i].append(codes_thw[: self._windows.latents(len(window_THWC))])
         self._waiting.clear()
+
+    def _encode_whole(self, video_BTHWC):
+        video_BTHWC = jax.device_put(video_BTHWC, self._batch_sharding)
+        return _encode(self._graph, self._state, video_BTHWC)
 
 
 def fingerprint(model: nnx.Module) -> str:

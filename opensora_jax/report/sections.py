@@ -74,6 +74,11 @@ def _summary(fidelity, reconstruction, seconds):
         for key, name in (("seen", "combinations seen in training"), ("held_out", "never seen"))
         if key in fidelity
     ]
+    outline = fidelity.get("outline")
+    if outline:
+        real = f"real files {outline['real']['mean']:.2f}"
+        label = f"overlap of samples with rigid outlines ({real})"
+        tiles.append((f"{outline['samples']['mean']:.2f}", label))
     if "psnr" in reconstruction:
         of = ", training videos" if reconstruction.get("videos") == "train" else ""
         tiles.append((f"{reconstruction['psnr']:.1f} dB", f"PSNR of VQ-VAE reconstructions{of}"))

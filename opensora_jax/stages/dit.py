@@ -97,6 +97,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         **{name: data.metadata[name] for name in ("vqvae", "text_model", "fps", "downsample")},
         window=data.metadata.get("window"),
         causal=data.metadata.get("causal", False),
+        tile=data.metadata.get("tile"),
     )
     description.record(folder)
 
@@ -176,7 +177,15 @@ def _expect_alike(sets: Sequence[LatentDataset]) -> None:
     """
     first, *rest = sets
     for other in rest:
-        for key in ("vqvae_fingerprint", "text_model", "downsample", "fps", "window", "causal"):
+        for key in (
+            "vqvae_fingerprint",
+            "text_model",
+            "downsample",
+            "fps",
+            "window",
+            "causal",
+            "tile",
+        ):
             one, two = first.metadata.get(key), other.metadata.get(key)
             if one != two:
                 raise DatasetError(

@@ -24,6 +24,7 @@ from opensora_jax.data.captions import expect_a_video, read_captions
 from opensora_jax.data.clips import Clip, Failed, Filtered, decode_clips
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder
+from opensora_jax.inference.tiles import Tiles
 from opensora_jax.inference.tokenizer import WindowEncoder, fingerprint, load_tokenizer
 from opensora_jax.windows import Windows
 
@@ -71,6 +72,7 @@ def run(config, workdir: str | os.PathLike) -> None:
             max_frames=options.max_frames or None,
             n_frames=options.n_frames or None,
             window=options.window or None,
+            tile=options.tile or None,
             batch_size=options.batch_size,
             videos_per_part=options.videos_per_part,
             flat=options.get("flat", False),
@@ -89,6 +91,7 @@ def preprocess(
     max_frames: int | None = None,
     n_frames: int | None = None,
     window: int | None = None,
+    tile: int | None = None,
     batch_size: int = 8,
     videos_per_part: int = 64,
     flat: bool = False,
@@ -112,6 +115,8 @@ def preprocess(
         but for a rest that the tokenizer has no latent for.
       window: frames that are encoded together; None takes the length the VQ-VAE was trained on. A
         last, partial window is padded with its last frame, and the codes of the padding dropped.
+      tile: pixels of the tiles, a quarter of them shared, that larger videos are encoded in, and
+        samples decoded in; None: whole.
       batch_size: windows encoded at a time, rounded up to a multiple of the number of devices.
       videos_per_part: videos between two points that an interrupted run can go on from, or fewer,
         so that a part stays small.
@@ -149,7 +154,9 @@ def preprocess(
         "n_frames": n_frames,
         "window": min(window, n_frames) if n_frames else window,
         "videos_per_part": videos_per_part,
-        **({"flat": True} if flat else {}),  # which older datasets do not say
+        # Which older datasets do not say.
+        **({"flat": True} if flat else {}),
+        **({"tile": tile} if tile else {}),
     }
     windows = _windows(settings, model)
     if _is_done(output, settings):
@@ -168,6 +175,7 @@ def preprocess(
         "downsample": list(model.downsample),
         "window": settings["window"],
         "causal": model.causal,
+        **({"tile": tile} if tile else {}),
         **({"levels": list(model.levels)} if model.levels else {}),
         "settings": settings,
     }
@@ -199,7 +207,7 @@ def _write_parts(entries, videos, output, model, text_encoder, settings, windows
     _, *space = model.downsample
     height, width = (n // k for n, k in zip(settings["resolution"], space, strict=True))
     latent_bytes = height * width * code_bytes
-    encoder = WindowEncoder(model, settings["window"], batch_size)
+    encoder = WindowEncoder(model, settings["window"], batch_size, settings.get("tile"))
     features = _CaptionFeatures(text_encoder.encode, todo)
     decoded = decode_clips(
         videos,
@@ -296,6 +304,10 @@ def _windows(settings, model):
             f"resolution={height}x{width}: expected multiples of the tokenizer's downsampling "
             f"{h}x{w}"
         )
+    try:
+        Tiles.of((height // h, width // w), (h, w), settings.get("tile"))
+    except ValueError as error:
+        raise PreprocessError(str(error)) from None
     n_frames, window = settings["n_frames"], settings["window"]
     if n_frames is not None and n_frames < window:  # a window by itself
         window = n_frames
@@ -356,6 +368,7 @@ def _command(captions, videos, output, vqvae, text_model, settings):
     for key in ("fps", "max_frames", "n_frames", "window", "videos_per_part"):
         words += [f"--{key}", settings[key] or 0]
     words += ["--flat"] if "flat" in settings else []
+    words += ["--tile", settings["tile"]] if "tile" in settings else []
     return shlex.join(map(str, words))
 
 
