@@ -3,6 +3,7 @@
 import io
 import shutil
 import tarfile
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -245,3 +246,25 @@ def test_modules_that_share_modules_without_end(tmp_path):
     save_pickle(tmp_path / "a.jit", pickled.getvalue())
     with pytest.raises(ValueError, match="more than 100000 values"):
         load_cosmos(tmp_path / "a.jit", (4, 8, 8))
+
+
+def test_archives_damaged_at_random_are_read_or_refused(folder, tmp_path):
+    """Bytes of the pickle changed, the archive's checksums right again: 150 of them."""
+    with zipfile.ZipFile(folder / "autoencoder.jit") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in members if name.endswith("/data.pkl"))
+    rng, refused = np.random.default_rng(0), 0
+    path = tmp_path / "a.jit"
+    for i in range(150):
+        pickled = bytearray(members[name])
+        for place in rng.integers(len(pickled), size=1 + i % 4):
+            pickled[place] = rng.integers(256)
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, data in members.items():
+                archive.writestr(member, bytes(pickled) if member == name else data)
+        try:
+            cosmos._contents(path)
+        except ValueError as error:
+            assert str(error).startswith(str(path))
+            refused += 1
+    assert refused > 30
