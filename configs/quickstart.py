@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     c.dit.checkpoint_every = 200
 
     c.sample.steps = 30
-    c.sample.guidance = 3.0
+    c.sample.guidance = 2.0  # more makes outlines bulge (docs/tokenizers.md)
     c.sample.prompts = (
         "a red circle moves to the left",
         "a blue square moves up",

@@ -27,4 +27,5 @@ def get_config() -> ConfigDict:
     c.dit.batch_size = 8
     c.dit.steps = 4000
     c.dit.eval_every = 2000
+    c.sample.guidance = 3.0
     return c
