@@ -72,7 +72,7 @@ def run(config, workdir: str | os.PathLike) -> None:
             max_frames=options.max_frames or None,
             n_frames=options.n_frames or None,
             window=options.window or None,
-            tile=options.tile or None,
+            tile=options.get("tile", 0) or None,
             batch_size=options.batch_size,
             videos_per_part=options.videos_per_part,
             flat=options.get("flat", False),
