@@ -77,9 +77,14 @@ class Timeline:
           VideoError: a frame that is needed is damaged or missing.
         """
         chosen = self.frames[start : start + n_frames]
-        images = {} if self.pts is None else self._decode(self.pts[chosen], resolution)
-        if len(images) < len(np.unique(chosen)):
-            # Not all of them were found where they were said to be.
+        images, n = {}, len(np.unique(chosen))
+        # Without what it skipped, a decoder may call a frame damaged: then all are decoded.
+        for skip in ("NONREF", "DEFAULT") if self.pts is not None else ():
+            images = self._decode(self.pts[chosen], resolution, skip)
+            if len(images) == n:
+                break
+        if len(images) < n:
+            # Not all of them were found, whole, where they were said to be.
             found = video_io.read_video(
                 *(self.path,), resolution=resolution, fps=self.fps, start=start, n_frames=n_frames
             )
@@ -88,8 +93,12 @@ class Timeline:
             return found
         return np.stack([images[pts] for pts in self.pts[chosen].tolist()])
 
-    def _decode(self, pts: np.ndarray, resolution: int) -> dict[int, np.ndarray]:
-        """Images of the frames with these timestamps, as far as they are found."""
+    def _decode(self, pts: np.ndarray, resolution: int, skip: str) -> dict[int, np.ndarray]:
+        """Images of the frames with these timestamps, as far as they are found and whole.
+
+        Args:
+          skip: what the decoder leaves out of other frames.
+        """
         wanted = set(pts.tolist())
         first, last = min(wanted), max(wanted)
         images: dict[int, np.ndarray] = {}
@@ -102,13 +111,11 @@ class Timeline:
             for packet in container.demux(stream):
                 # None marks the end, where the decoder gives what it still holds.
                 is_wanted = packet.pts is None or packet.pts in wanted
-                stream.codec_context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+                stream.codec_context.skip_frame = "DEFAULT" if is_wanted else skip
                 for frame in packet.decode():
                     if frame.pts in wanted:
                         if frame.is_corrupt:
-                            raise VideoError(
-                                self.path, f"the frame at {frame.time:.3f} s is damaged"
-                            )
+                            return {}
                         shape = (resolution, resolution)
                         images[frame.pts] = video_io.to_image(reformatter, frame, aspect, shape)
                     if frame.pts is not None and (frame.pts > last or len(images) == len(wanted)):
