@@ -3,6 +3,7 @@
 import av
 import numpy as np
 import pytest
+from av.bitstream import BitStreamFilterContext
 
 from opensora_jax.data import video_io
 from opensora_jax.data.video_window import Timeline
@@ -79,3 +80,22 @@ def test_damage_outside_the_window_does_no_harm_and_within_is_told(tmp_path):
     np.testing.assert_array_equal(timeline.window(10, 6, 16), whole[10:16])
     with pytest.raises(video_io.VideoError, match=r"a\.mp4"):
         timeline.window(62, 6, 16)
+
+
+def test_groups_that_the_decoder_does_not_know_to_begin(tmp_path):
+    """Key frames that are no IDR frames and carry no recovery point: what follows is called damaged
+    after a seek, and is whole when it is read from the begin of the file."""
+    codec, options = FILES["open_groups.mp4"]
+    source, path = write(tmp_path / "a.mp4", codec, **options), tmp_path / "b.mp4"
+    with av.open(str(source)) as before, av.open(str(path), "w") as after:
+        stream = after.add_stream_from_template(before.streams.video[0])
+        no_messages = BitStreamFilterContext("filter_units=remove_types=6", before.streams.video[0])
+        for packet in before.demux(video=0):
+            for filtered in no_messages.filter(packet if packet.size else None):
+                filtered.stream = stream
+                after.mux(filtered)
+    whole = video_io.read_video(path, resolution=16)
+    timeline = Timeline.read(path)
+    assert len(timeline) == len(whole) == N_FRAMES
+    for start in (0, 35, 62, 84):
+        np.testing.assert_array_equal(timeline.window(start, 6, 16), whole[start : start + 6])
