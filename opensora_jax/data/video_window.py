@@ -77,13 +77,8 @@ class Timeline:
           VideoError: a frame that is needed is damaged or missing.
         """
         chosen = self.frames[start : start + n_frames]
-        images, n = {}, len(np.unique(chosen))
-        # Without what it skipped, a decoder may call a frame damaged: then all are decoded.
-        for skip in ("NONREF", "DEFAULT") if self.pts is not None else ():
-            images = self._decode(self.pts[chosen], resolution, skip)
-            if len(images) == n:
-                break
-        if len(images) < n:
+        images = {} if self.pts is None else self._decode(self.pts[chosen], resolution)
+        if len(images) < len(np.unique(chosen)):
             # Not all of them were found, whole, where they were said to be.
             found = video_io.read_video(
                 *(self.path,), resolution=resolution, fps=self.fps, start=start, n_frames=n_frames
@@ -93,12 +88,8 @@ class Timeline:
             return found
         return np.stack([images[pts] for pts in self.pts[chosen].tolist()])
 
-    def _decode(self, pts: np.ndarray, resolution: int, skip: str) -> dict[int, np.ndarray]:
-        """Images of the frames with these timestamps, as far as they are found and whole.
-
-        Args:
-          skip: what the decoder leaves out of other frames.
-        """
+    def _decode(self, pts: np.ndarray, resolution: int) -> dict[int, np.ndarray]:
+        """Images of the frames with these timestamps, as far as they are found and whole."""
         wanted = set(pts.tolist())
         first, last = min(wanted), max(wanted)
         images: dict[int, np.ndarray] = {}
@@ -107,11 +98,14 @@ class Timeline:
             aspect = video_file.pixel_aspect(self.path, stream)
             keys = self.keys[self.keys <= first]
             if len(keys) and keys[-1] > self.pts[0]:
+                # The decoder has to see the begin, where x264 says which of its versions wrote it:
+                # of 4:4:4 by older ones the rest means something else.
+                next(container.demux(stream)).decode()
                 container.seek(int(keys[-1]), stream=stream)
             for packet in container.demux(stream):
                 # None marks the end, where the decoder gives what it still holds.
                 is_wanted = packet.pts is None or packet.pts in wanted
-                stream.codec_context.skip_frame = "DEFAULT" if is_wanted else skip
+                stream.codec_context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
                 for frame in packet.decode():
                     if frame.pts in wanted:
                         if frame.is_corrupt:
