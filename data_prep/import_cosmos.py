@@ -7,14 +7,9 @@ https://github.com/NVIDIA/Cosmos-Tokenizer, without PyTorch; no code in them is 
 again changes nothing.
 """
 
-import dataclasses
-
-import jax
-from flax import nnx
-
 from opensora_jax import cli
 from opensora_jax.convert import cosmos
-from opensora_jax.inference.tokenizer import fingerprint, import_tokenizer
+from opensora_jax.inference.tokenizer import import_tokenizer, summary
 
 
 def main() -> None:
@@ -38,11 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     model = cosmos.load_cosmos(args.source, args.downsample, n_frames=args.n_frames)
     is_new = import_tokenizer(args.source, model, args.output)
-    for name, value in dataclasses.asdict(model.config).items():
-        print(f"{name}: {value}")
-    n_parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    print(f"parameters: {n_parameters:,}")
-    print(f"fingerprint: {fingerprint(model)}")
+    print(summary(model))
     print(f"{args.output}: {'written' if is_new else 'done already'}")
 
 

@@ -6,15 +6,11 @@ Reads the checkpoints of https://github.com/wilson1yan/VideoGPT (PyTorch's file 
 PyTorch; no code in them is run). Running it again changes nothing.
 """
 
-import dataclasses
-
-import jax
 from etils import epath
-from flax import nnx
 
 from opensora_jax import cli
 from opensora_jax.convert import videogpt
-from opensora_jax.inference.tokenizer import fingerprint, import_tokenizer
+from opensora_jax.inference.tokenizer import import_tokenizer, summary
 from opensora_jax.models.vqvae import VQVAE
 
 
@@ -53,11 +49,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     model, is_new = import_videogpt(args.checkpoint, args.output, args.downsample, args.n_frames)
-    n_parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    for name, value in dataclasses.asdict(model.config).items():
-        print(f"{name}: {value}")
-    print(f"parameters: {n_parameters:,}")
-    print(f"fingerprint: {fingerprint(model)}")
+    print(summary(model))
     print(f"{args.output}: {'written' if is_new else 'done already'}")
 
 

@@ -3,6 +3,14 @@
 import dataclasses
 
 
+class WindowError(ValueError):
+    """A window that no whole number of latents stands for; `expected` says what it has to be."""
+
+    def __init__(self, frames: int, expected: str):
+        super().__init__(f"window={frames}: expected {expected}")
+        self.expected = expected
+
+
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """How videos are cut in time to be encoded: into windows, each by itself, and a shorter rest.
@@ -13,7 +21,7 @@ class Windows:
       frames: of a window.
 
     Raises:
-      ValueError: a window that no whole number of latents stands for.
+      WindowError: a window that no whole number of latents stands for.
     """
 
     stride: int
@@ -23,7 +31,7 @@ class Windows:
     def __post_init__(self):
         rest = (self.frames - self.causal) % self.stride
         if self.frames < self.least or rest:
-            raise ValueError(f"window={self.frames}: expected {self.expected}")
+            raise WindowError(self.frames, self.expected)
 
     @property
     def expected(self) -> str:

@@ -11,6 +11,7 @@ from opensora_jax.models import attention, dit
 from opensora_jax.models.cosmos import CosmosConfig
 from opensora_jax.models.dit import DiTConfig, Execution
 from opensora_jax.models.vqvae import VQVAEConfig
+from opensora_jax.tasks.vqvae import ARCHITECTURES
 from opensora_jax.windows import Windows
 
 logger = logging.getLogger(__name__)
@@ -155,4 +156,5 @@ def vqvae_windows(c: ConfigDict) -> Windows:
     Raises:
       ValueError: `vqvae.n_frames` does not fit.
     """
-    return Windows(c.downsample[0], c.architecture == "cosmos", c.n_frames)
+    _, network = ARCHITECTURES[c.architecture]
+    return Windows(c.downsample[0], network.causal, c.n_frames)

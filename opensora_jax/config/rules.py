@@ -18,7 +18,7 @@ from opensora_jax.diffusion.objectives import OBJECTIVES
 from opensora_jax.models import attention, dit
 from opensora_jax.tasks.vqvae import ARCHITECTURES
 from opensora_jax.train.optim import OPTIMIZERS
-from opensora_jax.windows import Windows
+from opensora_jax.windows import WindowError, Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +336,7 @@ def _check_stages(c: ConfigDict) -> None:
             )
         check_codes(
             *(c, c.vqvae.downsample, f"vqvae.downsample={c.vqvae.downsample}"),
-            causal=c.vqvae.architecture == "cosmos",
+            causal=networks.vqvae_windows(c.vqvae).causal,
             window=c.vqvae.n_frames,
         )
     if {"preprocess", "dit"} <= set(c.stages) and c.data.dataset:
@@ -379,9 +379,8 @@ def check_codes(
     n_frames = c.preprocess.n_frames
     try:
         windows = Windows(t, causal, c.preprocess.window or window)
-    except ValueError as error:
-        expected = str(error).partition("expected ")[2]
-        raise_invalid(c, "preprocess.window", f"{expected}: {source}")
+    except WindowError as error:
+        raise_invalid(c, "preprocess.window", f"{error.expected}: {source}")
     if n_frames and windows.fit(n_frames) != n_frames:
         raise_invalid(c, "preprocess.n_frames", f"{windows.near(n_frames)}: {source}")
     if not n_frames and _uses_shapes(c, "preprocess"):

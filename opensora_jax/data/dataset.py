@@ -340,8 +340,10 @@ def complete_metadata(folder: epath.PathLike) -> dict:
         )
     if metadata.get("window") is not None:
         try:
+            if not _is_count(metadata["window"]):
+                raise ValueError("no number of frames")
             _windows(metadata)
-        except (TypeError, ValueError):
+        except ValueError:
             t, window = metadata["downsample"][0], short(metadata["window"])
             raise DatasetError(
                 f"{path}: window={window}: expected the frames that were encoded together, "

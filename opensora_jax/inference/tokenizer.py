@@ -3,6 +3,7 @@
 Legend: T frames of a window, t frames of its codes, H, W pixels, h, w codes.
 """
 
+import dataclasses
 import functools
 import hashlib
 from typing import Any
@@ -26,7 +27,7 @@ from opensora_jax.tasks.vqvae import (
     to_float,
     to_uint8,
 )
-from opensora_jax.windows import Windows
+from opensora_jax.windows import WindowError, Windows
 
 
 def load_tokenizer(path: epath.PathLike) -> Tokenizer:
@@ -102,10 +103,9 @@ def import_tokenizer(source: epath.PathLike, model: Tokenizer, output: epath.Pat
     """
     try:
         Windows(model.downsample[0], model.causal, model.n_frames)
-    except ValueError as error:
-        expected = str(error).partition(": ")[2]
+    except WindowError as error:
         raise ValueError(
-            f"n_frames={model.n_frames}: {expected}, the downsampling in time"
+            f"n_frames={model.n_frames}: expected {error.expected}, the downsampling in time"
         ) from None
     if epath.Path(output).is_file():
         raise ValueError(f"{output}: a file, expected a folder or nothing")
@@ -213,6 +213,15 @@ class WindowEncoder:
     def _encode_whole(self, video_BTHWC):
         video_BTHWC = jax.device_put(video_BTHWC, self._batch_sharding)
         return _encode(self._graph, self._state, video_BTHWC)
+
+
+def summary(model: Tokenizer) -> str:
+    """What an import command says of a tokenizer, a line each."""
+    sizes = [f"{name}: {value}" for name, value in dataclasses.asdict(model.config).items()]
+    n_parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return "\n".join(
+        [*sizes, f"parameters: {n_parameters:,}", f"fingerprint: {fingerprint(model)}"]
+    )
 
 
 def fingerprint(model: nnx.Module) -> str:

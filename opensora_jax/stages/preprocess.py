@@ -26,7 +26,7 @@ from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tiles import Tiles
 from opensora_jax.inference.tokenizer import WindowEncoder, fingerprint, load_tokenizer
-from opensora_jax.windows import Windows
+from opensora_jax.windows import WindowError, Windows
 
 _MOST_NAMES = 50  # of left-out videos on the screen; metadata.json names all
 _LONGEST_NAME = 255  # characters of each
@@ -314,10 +314,9 @@ def _windows(settings, model):
     key = "n_frames" if window == n_frames else "window"
     try:
         windows = Windows(t, model.causal, window)
-    except ValueError as error:
-        expected = str(error).partition(": ")[2]
+    except WindowError as error:
         raise PreprocessError(
-            f"{key}={window}: {expected}, the tokenizer's downsampling in time"
+            f"{key}={window}: expected {error.expected}, the tokenizer's downsampling in time"
         ) from None
     if n_frames and windows.fit(n_frames) != n_frames:
         raise PreprocessError(

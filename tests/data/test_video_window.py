@@ -83,8 +83,7 @@ def test_damage_outside_the_window_does_no_harm_and_within_is_told(tmp_path):
 
 
 def test_groups_that_the_decoder_does_not_know_to_begin(tmp_path):
-    """Key frames that are no IDR frames and carry no recovery point: what follows is called damaged
-    after a seek, and is whole when it is read from the begin of the file."""
+    """Key frames that are no IDR frames and carry no recovery point."""
     codec, options = FILES["open_groups.mp4"]
     source, path = write(tmp_path / "a.mp4", codec, **options), tmp_path / "b.mp4"
     with av.open(str(source)) as before, av.open(str(path), "w") as after:
