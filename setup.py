@@ -1,4 +1,4 @@
-"""Packaging of opensora_jax: `pip install -e .` (extras: tpu, cuda, test)."""
+"""Packaging of opensora_jax: `pip install -e .` (extras: tpu, cuda, ray, test)."""
 
 from setuptools import find_packages, setup
 
@@ -39,6 +39,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths
         "cuda": ["jax[cuda13]"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "ray": ["ray[data]"],  # preprocessing on many machines
+        "test": ["ray[data]", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
 )

@@ -79,6 +79,16 @@ def main() -> None:
         help="each row with all its columns, as datasets.load_from_disk reads a part: codes and "
         "features are stored as often as there are captions",
     )
+    add(
+        "--engine",
+        default="local",
+        help="local: this machine; ray: all machines of a Ray cluster (docs/data.md)",
+    )
+    add(
+        "--ray_address",
+        help="of the cluster, auto for the one that this machine belongs to; without it Ray "
+        "starts on this machine alone",
+    )
     arguments = vars(parser.parse_args())
     resolution = arguments["resolution"] or [128]
     if len(resolution) > 2:

@@ -17,12 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    # A file name need not be text: what UTF-8 lacks is written as \udc80, JSON's way as well.
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def write_bytes(path: epath.PathLike, data: bytes | memoryview) -> None:
     """Writes under a temporary name and renames it: the file is whole or absent."""
     path = epath.Path(path)
     temporary = path.with_name(path.name + ".tmp")
     with _naming(path):
-        # A file name need not be text: what UTF-8 lacks is written as \udc80, JSON's way as well.
-        temporary.write_bytes(text.encode(errors="backslashreplace"))
+        with temporary.open("wb") as f:
+            f.write(data)
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
@@ -148,6 +154,23 @@ def local(path: epath.PathLike) -> Iterator[Path]:
         written = Path(folder) / path.name
         yield written
         path.write_bytes(written.read_bytes())
+
+
+@contextlib.contextmanager
+def nearby(path: epath.PathLike) -> Iterator[Path]:
+    """A path of this machine's with what is at `path`, a file or a folder: for as long as this
+    lasts, a copy where it is in an object store."""
+    path = epath.Path(path)
+    if not is_remote(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        for source in walk(path) if path.is_dir() else [path]:
+            target = copy / source.relative_to(path) if source != path else copy
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.copy(target)
+        yield copy
 
 
 def walk(folder: epath.PathLike) -> Iterator[epath.Path]:

@@ -33,12 +33,13 @@ ROOMS: dict[str, set[str]] = {
     "tasks": BASE | LIBRARY,
     "build": BASE | LIBRARY | {"tasks", "train"},
     "inference": BASE | LIBRARY | {"tasks", "checkpoint", "build"},
+    "preprocessing": BASE | LIBRARY | {"inference"},
     "planning": BASE | LIBRARY | {"tasks", "train", "build", "config"},
     "report": BASE | LIBRARY | {"train"},
     "config": BASE | LIBRARY | {"tasks", "train", "build", "inference"},
     "stages": BASE
     | LIBRARY
-    | {"tasks", "train", "checkpoint", "build", "inference", "report", "config"},
+    | {"tasks", "train", "checkpoint", "build", "inference", "report", "config", "preprocessing"},
     "cli": {"runtime"},
 }
 ROOMS |= {command: set(ROOMS) for command in COMMANDS}

@@ -6,8 +6,11 @@ line (JSONL). `file` is relative to the video folder. Other keys are kept as the
 
 import json
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
+from etils import epath
+
+from opensora_jax import files
 from opensora_jax.files import short
 
 
@@ -27,9 +30,9 @@ def read_captions(path: str | os.PathLike) -> list[dict]:
       CaptionsError: the file cannot be read, is no JSON, or an entry is not as described above: two
         entries for one video, a path that leaves the video folder, an empty or blank caption, ...
     """
-    path = Path(path)
+    path = epath.Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise CaptionsError(f"{path}: no such file: expected a captions file") from None
     except OSError as error:
@@ -64,7 +67,8 @@ def expect_a_video(entries: list[dict], folder: str | os.PathLike) -> None:
     Raises:
       CaptionsError: not one is there.
     """
-    if not any(os.path.isfile(os.path.join(folder, entry["file"])) for entry in entries):
+    is_there = epath.Path.is_file if files.is_remote(folder) else os.path.isfile
+    if not any(is_there(epath.Path(folder) / entry["file"]) for entry in entries):
         first = short(entries[0]["file"])
         raise CaptionsError(f"{folder}: none of the captions' videos is there, not {first}")
 

@@ -1,14 +1,16 @@
 """Decodes videos as they go into a dataset, by threads, a few ahead of whoever takes them."""
 
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
+from opensora_jax import files
 from opensora_jax.data import video_io
 from opensora_jax.windows import Windows
 
@@ -37,20 +39,11 @@ class Failed(LeftOut):
     """Cannot be read."""
 
 
-def decode_clips(
-    folder: Path,
-    names: Iterable[str],
-    *,
-    resolution: tuple[int, int],
-    fps: float | None,
-    max_frames: int | None,
-    n_frames: int | None,
-    windows: Windows,
-) -> Iterator[Clip | LeftOut]:
-    """Yields what becomes of each of the files, in order.
+@dataclass(frozen=True)
+class Decoding:
+    """How videos are decoded.
 
-    Args:
-      names: relative to `folder`.
+    Attributes:
       resolution: (height, width) in pixels that videos are resized and cropped to.
       fps: frames per second that videos are resampled to; None keeps each video's own rate.
       max_frames: a video with more frames than this (after resampling) is filtered, unless it is
@@ -60,32 +53,47 @@ def decode_clips(
       windows: which lengths fit.
     """
 
-    def decode(name: str) -> Clip | LeftOut:
-        path = folder / name
+    resolution: tuple[int, int]
+    fps: float | None
+    max_frames: int | None
+    n_frames: int | None
+    windows: Windows
+
+    def __call__(self, folder: epath.PathLike, name: str) -> Clip | LeftOut:
+        """What becomes of the file `name` in `folder`, of this machine or in an object store."""
         try:
             name.encode()
-            info = video_io.probe(path)  # to its end, which is to be there even if it is cut
-            frames_THWC = video_io.read_video(
-                path,
-                resolution=resolution,
-                fps=fps,
-                n_frames=n_frames,
-                max_frames=None if n_frames else max_frames,
-            )
+            with files.nearby(epath.Path(folder) / name) as path:
+                info = video_io.probe(path)  # to its end, which is to be there even if it is cut
+                frames_THWC = video_io.read_video(
+                    path,
+                    resolution=self.resolution,
+                    fps=self.fps,
+                    n_frames=self.n_frames,
+                    max_frames=None if self.n_frames else self.max_frames,
+                )
         except UnicodeEncodeError:  # the dataset's columns are UTF-8
             return Failed(name, "its name is not Unicode text")
         except video_io.TooLong as error:
             return Filtered(name, error.reason)
         except video_io.VideoError as error:
             return Failed(name, error.reason)
-        needed = n_frames or windows.least
+        except FileNotFoundError:  # of an object store
+            return Failed(name, "no such file")
+        needed = self.n_frames or self.windows.least
         if len(frames_THWC) < needed:
             return Filtered(name, f"{len(frames_THWC)} frames, expected at least {needed}")
-        return Clip(frames_THWC[: windows.fit(len(frames_THWC))], fps or info.fps)
+        n_frames = self.windows.fit(len(frames_THWC))
+        return Clip(frames_THWC[:n_frames], self.fps or info.fps)
 
+
+def decode_clips(
+    decoding: Decoding, folder: epath.PathLike, names: Iterable[str]
+) -> Iterator[Clip | LeftOut]:
+    """Yields what becomes of each of the files, whose names are relative to `folder`, in order."""
     n_threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(n_threads) as pool:
-        yield from map_ahead(pool, decode, names, n_threads + 1)
+        yield from map_ahead(pool, functools.partial(decoding, folder), names, n_threads + 1)
 
 
 def map_ahead(

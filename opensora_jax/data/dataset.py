@@ -10,6 +10,7 @@ A folder with
           of its text, in all parts
   part-00000.json, ...  marks a part as whole: its files' checksums, and which of its videos were
       left out, and why
+  parts.json            the parts in order: their folders, and their files' checksums
   index/     where every row lies: see `data.index`
   metadata.json         what a trainer needs to know: see REQUIRED_KEYS
   codebook.npy          (n_codes, dim) float32
@@ -50,8 +51,6 @@ from opensora_jax.files import short
 from opensora_jax.windows import Windows
 
 CODE_COUNTS = "code_counts.npy"
-# Of each part the checksums of its files by their names in it.
-PART_SUMS = "parts.json"
 # Of metadata.json: the checksum of all else that it says, and those of the files beside it.
 CHECKSUM, FILES = "checksum", "files"
 
@@ -226,10 +225,8 @@ def open_dataset(folder: str | os.PathLike) -> LatentDataset:
     if not sums:
         return _scan(folder, metadata, codebook)
     index = Index.load(folder, sums)
-    parts.expect_checksum(folder / PART_SUMS, sums.get(PART_SUMS, ""))
-    part_sums = files.read_json(folder / PART_SUMS, list)
-    folders = [folder / parts.name_of(k) for k in range(len(index.video_ends))]
-    opened = _parts(folders, part_sums, metadata)
+    parts.expect_checksum(folder / parts.LIST, sums.get(parts.LIST, ""))
+    opened = _parts(*parts.listed(folder), metadata)
     parts.expect_checksum(folder / CODE_COUNTS, sums.get(CODE_COUNTS, ""))
     counts = np.load(folder / CODE_COUNTS, allow_pickle=False)
     found = LatentDataset(folder, metadata, codebook, counts, index, opened)

@@ -2,14 +2,18 @@
 
 import os
 import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from etils import epath
 
 from opensora_jax import files
 from opensora_jax.data import arrow, dataset, index, parts
-from opensora_jax.data.index import Index, smallest
+from opensora_jax.data.part_counts import Counts, Total, count_part
 from opensora_jax.data.parts import (
     ARROW_FILE,
     CODES,
@@ -19,7 +23,6 @@ from opensora_jax.data.parts import (
     VIDEOS,
     DatasetError,
     check_codes,
-    count_codes,
     read_json,
 )
 from opensora_jax.files import short
@@ -59,7 +62,7 @@ def write_part(
     shutil.rmtree(temporary, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     n_texts = len(texts)
-    tables, n_videos = {}, 0
+    tables, n_videos, sums = {}, 0, {}
     if rows:
         for row in rows:
             check_codes(row[CODES], n_codes, f"{part}: {row['video_file']}")
@@ -67,13 +70,8 @@ def write_part(
             tables, n_videos = {"": _flat(rows, n_codes)}, len(rows)
         else:
             tables, n_videos = _tables(rows, n_codes, texts)
-        for name, table in tables.items():
-            _save(table, temporary / name)
+        sums = _save(tables, temporary)
         os.replace(temporary, part)
-    sums = {}
-    for name in tables:
-        path = part / name / ARROW_FILE
-        sums[str(path.relative_to(part))] = parts.checksum(path)
     counted = {
         "videos": n_videos,
         "texts": len(rows) if flat else len(texts) - n_texts,
@@ -82,6 +80,75 @@ def write_part(
         dataset.FILES: sums,
     }
     files.write_json(_record(folder, number), {**record, **counted})
+
+
+def write_videos(folder: epath.PathLike, start: str, videos: list[dict], n_codes: int) -> dict:
+    """Writes a part that holds videos and rows, whose texts are in parts of their own.
+
+    Any number of processes may do so at once: a part is named by its content, so that written
+    again it is the same.
+
+    Args:
+      folder: of the dataset, of this machine or in an object store.
+      start: what the part's name begins with.
+      videos: dicts of video_file, fps, video_latent_states as in `write_part`, and texts: of each
+        caption its number among all texts.
+
+    Returns:
+      What `finish_dataset` is to know of the part.
+    """
+    for video in videos:
+        check_codes(video[CODES], n_codes, f"{folder}: {video['video_file']}")
+    numbers = [len(video["texts"]) for video in videos]
+    row_video = np.repeat(np.arange(len(videos), dtype=np.int32), numbers)
+    row_text = [text for video in videos for text in video["texts"]]
+    tables = {
+        VIDEOS: pa.table(_video_columns(videos, n_codes)),
+        ROWS: pa.table({"video": row_video, "text": pa.array(row_text, pa.int64())}),
+    }
+    counted = {"videos": len(videos), "texts": 0, "rows": len(row_text), "flat": False}
+    return {**counted, **_place(tables, epath.Path(folder), start)}
+
+
+def write_texts(
+    folder: epath.PathLike, start: str, captions: list[str], features: list[np.ndarray]
+) -> dict:
+    """As `write_videos`, a part that holds texts, (S, D) float features of each."""
+    rows = [{"caption": c, TEXT: x_SD} for c, x_SD in zip(captions, features, strict=True)]
+    counted = {"videos": 0, "texts": len(rows), "rows": 0, "flat": False}
+    tables = {TEXTS: pa.table(_text_columns(rows))}
+    return {**counted, **_place(tables, epath.Path(folder), start)}
+
+
+def _place(tables: dict[str, pa.Table], folder: epath.Path, start: str) -> dict:
+    """Writes a part into a folder named by what is in it; returns its name and checksums."""
+    near = tempfile.gettempdir() if files.is_remote(folder) else folder
+    with tempfile.TemporaryDirectory(prefix=f".{start}.", suffix=".tmp", dir=near) as made:
+        part = Path(made) / "part"
+        sums = _save(tables, part)
+        digest = zlib.crc32("".join(f"{name} {sums[name]} " for name in sorted(sums)).encode())
+        name = f"{start}-{digest:08x}"
+        if files.is_remote(folder):
+            for path in files.walk(part):
+                path.copy(folder / name / path.relative_to(part), overwrite=True)
+        else:
+            try:
+                os.replace(part, folder / name)
+            except OSError:
+                if not (folder / name).is_dir():
+                    raise
+                # The same, written before.
+            files.sync(folder)
+    return {"name": name, dataset.FILES: sums}
+
+
+def remove_all_but(folder: epath.PathLike, names: Iterable[str]) -> None:
+    """Removes what processes that died left of parts, and parts of other names."""
+    names = set(names)
+    for path in epath.Path(folder).iterdir():
+        is_part = path.is_dir() and path.name.lstrip(".").startswith(("part-", "texts-"))
+        if is_part and path.name not in names:
+            path.rmtree()
 
 
 def _tables(rows, n_codes, texts) -> tuple[dict[str, pa.Table], int]:
@@ -135,14 +202,20 @@ def _text_columns(rows):
     }
 
 
-def _save(table: pa.Table, folder: Path) -> None:
+def _save(tables: dict[str, pa.Table], folder: Path) -> dict[str, str]:
+    """Writes tables by their names below a folder; returns the checksums of their files."""
     import datasets  # takes seconds to import, which those who only read need not wait for
 
     datasets.disable_progress_bars()  # one bar per part would tear up the caller's own
-    datasets.Dataset(table).save_to_disk(folder, num_shards=1)
-    for path in folder.iterdir():
-        if path.is_file():
-            files.sync(path)
+    sums = {}
+    for name, table in tables.items():
+        datasets.Dataset(table).save_to_disk(folder / name, num_shards=1)
+        for path in (folder / name).iterdir():
+            if path.is_file():
+                files.sync(path)
+        path = folder / name / ARROW_FILE
+        sums[str(path.relative_to(folder))] = parts.checksum(path)
+    return sums
 
 
 def known_texts(folder: str | os.PathLike, n_parts: int) -> dict[str, int]:
@@ -185,18 +258,29 @@ def read_records(folder: str | os.PathLike) -> list[dict]:
     return records
 
 
-def write_metadata(folder: str | os.PathLike, metadata: dict) -> None:
+def write_metadata(folder: epath.PathLike, metadata: dict) -> None:
     """Writes metadata.json; until it holds `"complete": true` the dataset cannot be opened."""
     sums = {dataset.CHECKSUM: dataset.checksum(metadata)} if metadata.get("complete") else {}
-    files.write_json(Path(folder) / "metadata.json", {**metadata, **sums})
+    files.write_json(epath.Path(folder) / "metadata.json", {**metadata, **sums})
 
 
-def finish_dataset(folder: str | os.PathLike, metadata: dict, codebook: np.ndarray) -> int:
+def finish_dataset(
+    folder: epath.PathLike,
+    metadata: dict,
+    codebook: np.ndarray,
+    *,
+    records: list[dict] | None = None,
+    counts: Iterable[Counts] | None = None,
+) -> int:
     """Writes codebook, index and counts, then metadata.json with what is counted over all rows.
 
     Adds to `metadata`: codebook, n_codes, text_width, n_rows, n_videos, n_texts, latent_shape
     ([T, H, W], or None where videos differ), fps (the median of the videos), files (checksums) and
     complete.
+
+    Args:
+      records: what is known of each part; None: what `write_part` wrote beside them.
+      counts: `count_part` of each; None: it is called here.
 
     Returns:
       The number of rows.
@@ -204,90 +288,39 @@ def finish_dataset(folder: str | os.PathLike, metadata: dict, codebook: np.ndarr
     Raises:
       DatasetError: no rows, or a part is damaged.
     """
-    folder = Path(folder)
+    folder = epath.Path(folder)
     index.write_array(folder / "codebook.npy", np.asarray(codebook, np.float32))
-    records = read_records(folder)
-    found = _Counted(len(codebook))
-    for k, record in enumerate(records):
-        if record["rows"]:
-            found.add(folder / parts.name_of(k), record)
-    if not found.n_rows:
+    if records is None:
+        records = [
+            {"name": parts.name_of(k), **record} for k, record in enumerate(read_records(folder))
+        ]
+    if counts is None:
+        counts = (count_part(folder / record["name"], record, len(codebook)) for record in records)
+    total = Total(len(codebook))
+    for record, counted in zip(records, counts, strict=True):
+        total.add(record, counted)
+    if not total.n_rows:
         raise DatasetError(f"{folder}: no rows")
-    index.write_array(folder / dataset.CODE_COUNTS, found.code_counts)
-    files.write_json(folder / dataset.PART_SUMS, [record[dataset.FILES] for record in records])
-    sums = found.index(records).save(folder)
-    for name in ("codebook.npy", dataset.CODE_COUNTS, dataset.PART_SUMS):
+    index.write_array(folder / dataset.CODE_COUNTS, total.code_counts)
+    listed = [{"name": record["name"], "files": record[dataset.FILES]} for record in records]
+    files.write_json(folder / parts.LIST, listed)
+    sums = total.index(records).save(folder)
+    for name in ("codebook.npy", dataset.CODE_COUNTS, parts.LIST):
         sums[name] = parts.checksum(folder / name)
-    shapes = np.concatenate(found.shapes)
+    shapes = np.concatenate(total.shapes)
     counted = {
         "codebook": "codebook.npy",
         "n_codes": len(codebook),
-        "text_width": found.text_width,
-        "n_rows": found.n_rows,
-        "n_videos": len(shapes),
-        "n_texts": sum(map(len, found.lengths)),
+        "text_width": total.text_width,
+        "n_rows": total.n_rows,
+        "n_videos": total.n_videos,
+        "n_texts": total.n_texts,
         "latent_shape": shapes[0].tolist() if (shapes == shapes[0]).all() else None,
-        "fps": float(np.median(np.concatenate(found.fps))),
+        "fps": float(np.median(np.concatenate(total.fps))),
         dataset.FILES: sums,
     }
     write_metadata(folder, {**metadata, **counted, "complete": True})
-    return found.n_rows
-
-
-class _Counted:
-    """What is gathered over the parts."""
-
-    def __init__(self, n_codes: int):
-        self.code_counts = np.zeros(n_codes, np.int64)
-        self.n_rows, self.text_width = 0, 0
-        self.shapes, self.fps, self.hashes = [], [], []  # of videos
-        self.lengths = []  # of texts
-        self._row_video, self._row_text = [], []
-
-    def add(self, part: Path, record: dict) -> None:
-        n_videos, n_texts = sum(map(len, self.shapes)), sum(map(len, self.lengths))
-        if record["flat"]:
-            table = parts.open_table(part, columns=(CODES, TEXT), sums=record[dataset.FILES])
-            for batch in table:
-                self._add_videos(batch)
-                self._add_texts(batch)
-            self._row_video.append(n_videos + np.arange(record["rows"]))
-            self._row_text.append(n_texts + np.arange(record["rows"]))
-        else:
-            for batch in self._open(part, VIDEOS, CODES, record):
-                self._add_videos(batch)
-            for batch in self._open(part, TEXTS, TEXT, record) if record["texts"] else ():
-                self._add_texts(batch)
-            for batch in self._open(part, ROWS, None, record):
-                self._row_video.append(n_videos + batch.table.column("video").to_numpy())
-                self._row_text.append(batch.table.column("text").to_numpy())
-        self.n_rows += record["rows"]
-
-    def _open(self, part, name, column, record):
-        sums = parts.below(record[dataset.FILES], name)
-        return parts.open_table(part / name, columns=(column,) if column else (), sums=sums)
-
-    def _add_videos(self, batch: parts.Batch) -> None:
-        self.code_counts += count_codes(batch, len(self.code_counts))
-        self.shapes.append(batch.codes.shapes)
-        self.fps.append(batch.table.column("fps").to_numpy())
-        names = batch.table.column("video_file").to_pylist()
-        self.hashes.append(np.array([index.hash_of(name) for name in names], np.uint64))
-
-    def _add_texts(self, batch: parts.Batch) -> None:
-        self.lengths.append(batch.text.shapes[:, 0])
-        self.text_width = int(batch.text.shapes[0, 1])
-
-    def index(self, records: list[dict]) -> Index:
-        return Index(
-            row_video=smallest(np.concatenate(self._row_video)),
-            row_text=smallest(np.concatenate(self._row_text)),
-            video_frames=smallest(np.concatenate(self.shapes)[:, 0]),
-            text_lengths=smallest(np.concatenate(self.lengths)),
-            video_ends=np.cumsum([record["videos"] for record in records]),
-            text_ends=np.cumsum([record["texts"] for record in records]),
-            video_hashes=np.concatenate(self.hashes),
-        )
+    return total.n_rows
 
 
 def _record(folder: Path, number: int) -> Path:

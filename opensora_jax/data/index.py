@@ -4,12 +4,13 @@ Ten million rows are some arrays of numbers here, in files of their own beside m
 """
 
 import hashlib
-import os
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from opensora_jax import files
 from opensora_jax.data import parts
@@ -39,7 +40,7 @@ class Index:
     text_ends: np.ndarray
     video_hashes: np.ndarray
 
-    def save(self, folder: Path) -> dict[str, str]:
+    def save(self, folder: epath.Path) -> dict[str, str]:
         """Writes the arrays into `folder`/index; returns the checksums of their files by name."""
         (folder / FOLDER).mkdir(exist_ok=True)
         for field in fields(self):
@@ -64,13 +65,11 @@ class Index:
         return cls(**found)
 
 
-def write_array(path: Path, array: np.ndarray) -> None:
+def write_array(path: epath.PathLike, array: np.ndarray) -> None:
     """Writes a .npy file that is whole or absent."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        np.save(file, array)
-    files.sync(temporary)
-    os.replace(temporary, path)
+    written = io.BytesIO()
+    np.save(written, array)
+    files.write_bytes(path, written.getbuffer())
 
 
 def _file(name: str) -> str:

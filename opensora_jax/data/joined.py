@@ -35,6 +35,10 @@ def load_joined(folder: str | os.PathLike) -> "datasets.Dataset":
         if (part / "state.json").exists():  # flat
             tables[ROWS].append(datasets.load_from_disk(part))
             continue
+        if (part / TEXTS).exists():
+            tables[TEXTS].append(datasets.load_from_disk(part / TEXTS))
+        if not (part / VIDEOS).exists():
+            continue
         videos = datasets.load_from_disk(part / VIDEOS)
         rows = datasets.load_from_disk(part / ROWS).data.table
         video = rows.column("video").to_numpy().astype(np.int64) + n_videos
@@ -42,8 +46,6 @@ def load_joined(folder: str | os.PathLike) -> "datasets.Dataset":
             datasets.Dataset.from_dict({"video": video, "text": rows.column("text").to_numpy()})
         )
         tables[VIDEOS].append(videos)
-        if (part / TEXTS).exists():
-            tables[TEXTS].append(datasets.load_from_disk(part / TEXTS))
         n_videos += len(videos)
     rows = datasets.concatenate_datasets(tables[ROWS])
     if not tables[VIDEOS]:

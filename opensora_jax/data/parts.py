@@ -1,6 +1,6 @@
 """The Arrow files of a dataset's parts: mapped into memory when they are first used, and checked.
 
-Two layouts. In the one that `dataset_writer` writes, a part is a folder of three Hugging Face
+Two layouts. In the one that `dataset_writer` writes, a part is a folder of up to three Hugging Face
 datasets: `videos`, a row a video, `texts`, a row a distinct caption, and `rows`, which says which
 of them belong together. In a flat one, which others may write as well, it is itself a Hugging Face
 dataset with a row a caption.
@@ -23,6 +23,8 @@ from opensora_jax.files import short
 
 CODES, TEXT = "video_latent_states", "text_latent_states"
 VIDEOS, TEXTS, ROWS = "videos", "texts", "rows"
+# Of each part its folder, and the checksums of its files by their names in it.
+LIST = "parts.json"
 # What `save_to_disk` calls the only file of a dataset.
 ARROW_FILE = "data-00000-of-00001.arrow"
 
@@ -40,10 +42,34 @@ def name_of(index: int) -> str:
     return f"part-{index:05d}"
 
 
+def listed(folder: Path) -> tuple[list[Path], list[dict[str, str]]]:
+    """The parts that parts.json lists: their folders, and the checksums of the files of each.
+
+    Raises:
+      DatasetError: not such a list.
+    """
+    path = folder / LIST
+    try:
+        entries = files.read_json(path, list)
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
+    folders, sums = [], []
+    for k, entry in enumerate(entries):
+        # Until parts had names of their own there were only checksums.
+        named = entry if "files" in entry else {"name": name_of(k), "files": entry}
+        if not is_file_name(named.get("name")) or not isinstance(named["files"], dict):
+            raise DatasetError(f"{path}: entry {k}: {short(entry)}: expected a name and files")
+        folders.append(folder / named["name"])
+        sums.append(named["files"])
+    return folders, sums
+
+
 def find(folder: Path) -> list[Path]:
     """The parts in a folder, in order; the folder itself where it is a dataset of others."""
     if (folder / "state.json").exists():
         return [folder]
+    if (folder / LIST).exists():
+        return [path for path in listed(folder)[0] if path.exists()]
     found = ((re.fullmatch(r"part-(\d{5,})", path.name), path) for path in folder.iterdir())
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 

@@ -4,40 +4,34 @@ Part by part, videos are decoded, encoded by the VQ-VAE in windows of the length
 on, and written. Legend: T frames, H, W pixels; t, h, w codes; S tokens, D features.
 """
 
+import contextlib
 import hashlib
+import importlib.util
 import os
 import shlex
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
+import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from opensora_jax import files, lock
 from opensora_jax.build import training as build
-from opensora_jax.data import dataset, dataset_writer, parts, video_io
+from opensora_jax.data import dataset, dataset_writer, video_io
 from opensora_jax.data.captions import expect_a_video, read_captions
-from opensora_jax.data.clips import Clip, Failed, Filtered, decode_clips
+from opensora_jax.files import short
 from opensora_jax.inference.small_text_model import make_small_text_model
-from opensora_jax.inference.text_encoder import TextEncoder
+from opensora_jax.inference.text_encoder import check_text_model
 from opensora_jax.inference.tiles import Tiles
-from opensora_jax.inference.tokenizer import WindowEncoder, fingerprint, load_tokenizer
+from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer
+from opensora_jax.preprocessing import local
+from opensora_jax.preprocessing.job import Job, PreprocessError
 from opensora_jax.windows import WindowError, Windows
+
+ENGINES = ("local", "ray")
 
 _MOST_NAMES = 50  # of left-out videos on the screen; metadata.json names all
 _LONGEST_NAME = 255  # characters of each
-
-
-class PreprocessError(ValueError):
-    """The arguments do not fit each other, or the output folder."""
-
-
-# Codes of a part, in bytes: it is read whole when it is first used.
-PART_BYTES = 2**26
 
 
 def run(config, workdir: str | os.PathLike) -> None:
@@ -95,6 +89,8 @@ def preprocess(
     batch_size: int = 8,
     videos_per_part: int = 64,
     flat: bool = False,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> None:
     """Writes the dataset: one row per caption of every video that is kept.
 
@@ -103,8 +99,9 @@ def preprocess(
 
     Args:
       captions: the captions file.
-      videos: the folder that its file names are relative to.
-      output: the folder to write, of this machine.
+      videos: the folder that its file names are relative to, of this machine or an object store.
+      output: the folder to write, of this machine; with Ray one that all its machines see, or of an
+        object store.
       vqvae: what `load_tokenizer` reads.
       text_model: what `TextEncoder` reads.
       resolution: height and width in pixels that videos are resized and cropped to.
@@ -122,13 +119,19 @@ def preprocess(
         so that a part stays small.
       flat: every row with all its columns, as `datasets.load_from_disk` reads a part; codes and
         features are stored as often as there are captions.
+      engine: `local`: this machine alone; `ray`: a cluster of them.
+      ray_address: of the cluster; None: one of this machine alone, for as long as this lasts.
 
     Raises:
       ValueError: bad arguments, or an output folder made with others or that cannot be written;
         before any video is read. Likewise what loading the VQ-VAE and the text model raises.
       PreprocessError: in the end, not one video could be kept.
     """
-    _check_output(output)
+    _check_engine(engine, ray_address, flat)
+    _check_output(output, engine)
+    if engine == "ray":
+        # What accelerators there are is for Ray's workers; this process only tells them what to do.
+        jax.config.update("jax_platforms", "cpu")
     if fps is not None:
         video_io.check_fps(fps)
     counts = {
@@ -139,7 +142,7 @@ def preprocess(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise PreprocessError(f"{name}={value}: expected at least 1")
-    videos, output = Path(videos), Path(output)
+    videos, output = epath.Path(videos), epath.Path(output)
     entries = read_captions(captions)
     expect_a_video(entries, videos)
     model = load_tokenizer(vqvae)
@@ -159,15 +162,16 @@ def preprocess(
         **({"tile": tile} if tile else {}),
     }
     windows = _windows(settings, model)
-    if _is_done(output, settings):
+    if _is_done(output, settings, engine):
         print(f"preprocess: {output}: done already")
         return
     rate = f"videos are resampled to {fps:g}" if fps else "videos keep their own"
     print(f"preprocess: {rate} frames a second (fps={fps or 0:g})")
-    text_encoder = TextEncoder(text_model)
+    check_text_model(text_model)
     metadata = {
         "complete": False,
-        "command": _command(captions, videos, output, vqvae, text_model, settings),
+        "engine": engine,
+        "command": _command(captions, videos, output, vqvae, text_model, settings, engine),
         "vqvae": str(files.absolute(vqvae)),
         "vqvae_fingerprint": settings["vqvae_fingerprint"],
         "text_model": _location(text_model),
@@ -189,102 +193,49 @@ def preprocess(
         except OSError as error:
             message = f"output={output}: cannot be written: {error.strerror}"
             raise PreprocessError(message) from error
-        records = _write_parts(
-            entries, videos, output, model, text_encoder, settings, windows, batch_size
+        job = Job(
+            entries=entries,
+            videos=videos,
+            output=output,
+            vqvae=str(vqvae),
+            text_model=str(text_model),
+            model=model,
+            settings=settings,
+            windows=windows,
+            batch_size=batch_size,
         )
-        _finish(output, metadata, records, np.asarray(model.codebook))
+        with contextlib.ExitStack() as held:
+            if engine == "ray":
+                from opensora_jax.preprocessing import cluster  # the extra `ray`
 
-
-def _write_parts(entries, videos, output, model, text_encoder, settings, windows, batch_size):
-    """Writes the parts that are still missing; returns the records of all."""
-    records = dataset_writer.read_records(output)
-    videos_per_part = settings["videos_per_part"]
-    done = sum(r["kept"] + len(r["filtered"]) + len(r["failed"]) for r in records)
-    todo = entries[done:]
-    known = dataset_writer.known_texts(output, len(records))
-    n_codes = len(model.codebook)
-    code_bytes = dataset_writer.code_dtype(n_codes).itemsize
-    _, *space = model.downsample
-    height, width = (n // k for n, k in zip(settings["resolution"], space, strict=True))
-    latent_bytes = height * width * code_bytes
-    encoder = WindowEncoder(model, settings["window"], batch_size, settings.get("tile"))
-    features = _CaptionFeatures(text_encoder.encode, todo)
-    decoded = decode_clips(
-        videos,
-        [entry["file"] for entry in todo],
-        resolution=tuple(settings["resolution"]),
-        fps=settings["fps"],
-        max_frames=settings["max_frames"],
-        n_frames=settings["n_frames"],
-        windows=windows,
-    )
-    with tqdm(total=len(entries), initial=len(entries) - len(todo), unit="video") as bar:
-        pairs = zip(todo, decoded, strict=True)
-        while done < len(entries):
-            part, kept, left_out, size = [], [], [], 0
-            for entry, clip in islice(pairs, videos_per_part):
-                part.append(entry)
-                if isinstance(clip, Clip):
-                    encoder.add(clip.frames_THWC)
-                    kept.append((entry, clip.fps))
-                    size += windows.latents(len(clip.frames_THWC)) * latent_bytes
-                else:
-                    left_out.append(clip)
-                bar.update()
-                if size >= PART_BYTES:
-                    break
-            done += len(part)
-            rows = [
-                {"video_file": entry["file"], parts.CODES: codes_thw, "caption": text, "fps": fps}
-                for (entry, fps), codes_thw in zip(kept, encoder.finish(), strict=True)
-                for text in entry["captions"]
-            ]
-            text_features = features.compute([row["caption"] for row in rows])
-            for row, text_SD in zip(rows, text_features, strict=True):
-                row[parts.TEXT] = text_SD
-            features.forget([caption for entry in part for caption in entry["captions"]])
-            record = {
-                "kept": len(kept),
-                "filtered": [asdict(clip) for clip in left_out if isinstance(clip, Filtered)],
-                "failed": [asdict(clip) for clip in left_out if isinstance(clip, Failed)],
-            }
-            dataset_writer.write_part(
-                *(output, len(records), rows, n_codes, record),
-                texts=known,
-                flat=settings.get("flat", False),
-            )
-            records.append(record)
-    return records
-
-
-class _CaptionFeatures:
-    """Text features, computed once per distinct caption and kept until its last use."""
-
-    def __init__(self, encode: Callable[[list[str]], list[np.ndarray]], entries: list[dict]):
-        self._encode = encode
-        self._uses_left = Counter(caption for entry in entries for caption in entry["captions"])
-        self._features = {}
-
-    def compute(self, captions: list[str]) -> list[np.ndarray]:
-        new = list(dict.fromkeys(c for c in captions if c not in self._features))
-        self._features.update(zip(new, self._encode(new), strict=True))
-        return [self._features[c] for c in captions]
-
-    def forget(self, captions: list[str]) -> None:
-        """Says that these uses are over."""
-        self._uses_left.subtract(captions)
-        for caption in captions:
-            if not self._uses_left[caption]:
-                self._features.pop(caption, None)
+                made = held.enter_context(cluster.encoded(job, ray_address))
+            else:
+                made = local.encode(job)
+            _finish(job, metadata, made)
 
 
 # -------------------------------------------------------------------- settings and the summary
 
 
-def _check_output(output):
+def _check_engine(engine, ray_address, flat):
+    if engine not in ENGINES:
+        raise PreprocessError(f"engine={engine}: expected one of {', '.join(ENGINES)}")
+    if engine == "local" and ray_address:
+        raise PreprocessError(f"ray_address={ray_address}: expected engine=ray with it")
+    if engine == "ray" and flat:
+        raise PreprocessError("flat=True: expected engine=local: Ray stores everything once")
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise PreprocessError("engine=ray: Ray is not installed: pip install 'opensora_jax[ray]'")
+
+
+def _check_output(output, engine):
     """Sees before any work that `output` is a folder, or can become one."""
     if files.is_remote(output):
-        raise PreprocessError(f"output={output}: expected a folder of this machine")
+        if engine == "local":
+            raise PreprocessError(
+                f"output={output}: expected a folder of this machine (engine=ray writes to others)"
+            )
+        return
     path = Path(output)
     if os.path.exists(path / "metadata.json"):
         return  # a finished one need not be written to
@@ -326,7 +277,7 @@ def _windows(settings, model):
     return windows
 
 
-def _is_done(output, settings):
+def _is_done(output, settings, engine):
     """Whether `output` is finished; refuses it when it was made with other settings."""
     path = output / "metadata.json"
     if not path.exists():
@@ -337,11 +288,17 @@ def _is_done(output, settings):
     if complete and not settings["max_frames"] and not metadata.get("filtered"):
         found["max_frames"] = None  # a limit under which all stayed was none
     files.expect_settings(path, settings, found)
+    begun = metadata.get("engine", "local")
+    if not complete and begun != engine:
+        raise PreprocessError(
+            f"{output}: begun with engine={short(begun)}, not {engine}: go on with that, or use "
+            "another folder"
+        )
     return complete
 
 
 def _sha256(path):
-    with open(path, "rb") as file:
+    with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -360,7 +317,7 @@ def _location(name_or_folder):
     return str(folder.absolute() if folder.is_dir() else name_or_folder)
 
 
-def _command(captions, videos, output, vqvae, text_model, settings):
+def _command(captions, videos, output, vqvae, text_model, settings, engine):
     """The command line that goes on with this dataset."""
     words = ["python", "data_prep/preprocess_data.py", "-c", captions, "-v", videos, "-o", output]
     words += ["--vqvae", vqvae, "--text_model", text_model, "--resolution", *settings["resolution"]]
@@ -368,16 +325,24 @@ def _command(captions, videos, output, vqvae, text_model, settings):
         words += [f"--{key}", settings[key] or 0]
     words += ["--flat"] if "flat" in settings else []
     words += ["--tile", settings["tile"]] if "tile" in settings else []
+    words += ["--engine", engine] if engine != "local" else []
     return shlex.join(map(str, words))
 
 
-def _finish(output, metadata, records, codebook):
+def _finish(job, metadata, made):
+    output, records = job.output, made.records
     counts = {"kept": sum(record["kept"] for record in records)}
     for kind in ("filtered", "failed"):
         metadata[kind] = [video for record in records for video in record[kind]]
         counts[kind] = len(metadata[kind])
     if counts["kept"]:
-        n_rows = dataset_writer.finish_dataset(output, {**metadata, "counts": counts}, codebook)
+        n_rows = dataset_writer.finish_dataset(
+            output,
+            {**metadata, "counts": counts},
+            np.asarray(job.model.codebook),
+            records=made.parts,
+            counts=made.counts,
+        )
         print(f"preprocess: {output}: {n_rows} rows of {counts['kept']} videos")
     for kind in ("filtered", "failed"):
         print(f"preprocess: {counts[kind]} videos {kind}")
