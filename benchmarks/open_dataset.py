@@ -71,9 +71,7 @@ def write(folder: Path, n_rows: int) -> None:
     )
     found = files.read_json(folder / "metadata.json")
     sums = found[dataset.FILES] | index.save(folder)
-    files.write_json(
-        folder / parts.LIST, files.read_json(folder / parts.LIST, list) * n_parts
-    )
+    files.write_json(folder / parts.LIST, files.read_json(folder / parts.LIST, list) * n_parts)
     sums[parts.LIST] = parts.checksum(folder / parts.LIST)
     del found[dataset.CHECKSUM]
     dataset_writer.write_metadata(folder, found | {"n_rows": n_rows, dataset.FILES: sums})

@@ -2,16 +2,18 @@
 
     python benchmarks/soak.py --kills=100 --workdir=runs/soak
 
-The quickstart at toy size, all stages. A signal (SIGKILL, SIGTERM, SIGINT, or SIGSTOP and then
-SIGCONT or SIGKILL) comes at a random moment of its life, and the same command is run again, until
-it is done; then another begins, until there were so many kills. Numbers of the logs, bytes of the
-dataset and of the videos, arrays of the checkpoints and the best loss must be the same, and nothing
-left over.
+Two jobs in turns: the quickstart at toy size, all stages, and preprocessing of its videos on Ray. A
+signal (SIGKILL, SIGTERM, SIGINT, or SIGSTOP and then SIGCONT or SIGKILL) comes at a random moment
+of its life, and the same command is run again, until it is done; then the other begins, until there
+were so many kills. Numbers of the logs, bytes of the dataset and of the videos, arrays of the
+checkpoints and the best loss must be the same, and nothing left over; of Ray's dataset, which names
+its parts otherwise, every row.
 """
 
 import argparse
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -20,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +54,42 @@ TIMES = ("tokens_per_second", "data_wait_share", "evaluation_seconds", "tflops_p
 HANGS = 600  # seconds
 
 
-def start(workdir: Path) -> subprocess.Popen:
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Attributes:
+    words: of its command.
+    stage_of: what it is at, by what is in its folder.
+    is_done: whether it was at its end, by its folder and what it said.
+    result_of: what there is to compare, by name.
+    """
+
+    words: Callable[[Path], list[str]]
+    stage_of: Callable[[Path], str]
+    is_done: Callable[[Path, str], bool]
+    result_of: Callable[[Path], dict[str, Any]]
+
+
+def quickstart(workdir: Path) -> list[str]:
+    overrides = (f"--config.{field}" for field in OVERRIDES.split())
+    command = ("-m", "opensora_jax.main", "--config=configs/quickstart.py")
+    return [*command, f"--workdir={workdir}", *overrides]
+
+
+def on_ray(workdir: Path) -> list[str]:
+    """Preprocessing as in the quickstart that nobody disturbed, which lies beside this folder."""
+    whole = workdir.parent / "whole"
+    words = ["data_prep/preprocess_data.py", "-c", whole / "shapes" / "train" / "captions.json"]
+    words += ["-v", whole / "shapes" / "train" / "videos", "-o", workdir / "dataset"]
+    words += ["--vqvae", whole / "vqvae", "--text_model", whole / "text_model", "--fps", 0]
+    words += ["--resolution", 32, "--videos_per_part", 4, "--batch_size", 4, "--engine", "ray"]
+    return [str(word) for word in words]
+
+
+def start(job: Job, workdir: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "opensora_jax.main", "--config=configs/quickstart.py"),
-            *(f"--workdir={workdir}", *(f"--config.{field}" for field in OVERRIDES.split())),
-        ],
+        [sys.executable, *job.words(workdir)],
         cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -88,18 +120,18 @@ def stage_of(workdir: Path) -> str:
     return "shapes"
 
 
-def disturb(workdir: Path, name: str, seconds: float) -> tuple[str, str | None]:
+def disturb(job: Job, workdir: Path, name: str, seconds: float) -> tuple[str, str | None]:
     """Runs the job and sends it signals after so long; (stage, what was wrong with its end).
 
     The stage is empty where the job was done before.
     """
-    process = start(workdir)
+    process = start(job, workdir)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=seconds)
     if process.poll() is not None:
         said = end(process)
         return "", None if process.returncode == 0 else f"ended by itself: {said[-500:]}"
-    stage = stage_of(workdir)
+    stage = job.stage_of(workdir)
     for number in SIGNALS[name]:
         process.send_signal(number)
         time.sleep(0.3 if len(SIGNALS[name]) > 1 else 0)
@@ -108,7 +140,7 @@ def disturb(workdir: Path, name: str, seconds: float) -> tuple[str, str | None]:
         return stage, said[:1000]
     if "Traceback" in said:
         return stage, f"a traceback: {said[-1000:]}"
-    if "all stages done" in said:
+    if job.is_done(workdir, said):
         return stage, None  # the signal came too late, maybe while the interpreter was ending
     status = STATUSES.get(name, 0)
     if process.returncode != status:
@@ -149,6 +181,27 @@ def result_of(workdir: Path) -> dict[str, Any]:
     return found
 
 
+def rows_of(workdir: Path) -> dict[str, Any]:
+    """Of a dataset that was made on Ray."""
+    from opensora_jax.data import dataset
+
+    found = dataset.open_dataset(workdir / "dataset")
+    columns = ("video_file", "caption", "fps")
+    parts = files.read_json(workdir / "dataset" / "parts.json", list)
+    marks = (".tmp", "part-", "texts-")
+    there = [path.name for path in (workdir / "dataset").iterdir() if path.is_dir()]
+    return {
+        "rows": [
+            found[i] | {name: found.column(i, name) for name in columns} for i in range(len(found))
+        ],
+        "counts": found.code_counts,
+        "left over": sorted(
+            {name for name in there if any(mark in name for mark in marks)}
+            - {part["name"] for part in parts}
+        ),
+    }
+
+
 def folders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
@@ -182,9 +235,20 @@ def leaves_of(tree: Any) -> list[tuple[str, np.ndarray]]:
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
     return a == b
+
+
+def is_whole(workdir: Path, said: str) -> bool:
+    path = workdir / "dataset" / "metadata.json"
+    return path.exists() and files.read_json(path).get("complete", False)
+
+
+QUICKSTART = Job(quickstart, stage_of, lambda _, said: "all stages done" in said, result_of)
+RAY = Job(on_ray, lambda workdir: "preprocess on Ray", is_whole, rows_of)
 
 
 def main() -> None:
@@ -193,45 +257,54 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=Path, required=True)
     args = parser.parse_args()
+    args.workdir = args.workdir.absolute()
     rng = random.Random(args.seed)
     os.environ |= {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    whole = args.workdir / "whole"
-    shutil.rmtree(whole, ignore_errors=True)
-    began = time.monotonic()
-    said = end(start(whole))
-    assert (whole / "report.html").exists(), said
-    length = time.monotonic() - began
-    expected = result_of(whole)
-    kills: collections.Counter = collections.Counter()
+    expected, lengths = {}, {}
+    for job, name in ((QUICKSTART, "whole"), (RAY, "whole_ray")):
+        whole = args.workdir / name
+        shutil.rmtree(whole, ignore_errors=True)
+        began = time.monotonic()
+        process = start(job, whole)
+        said = end(process)
+        assert process.returncode == 0, said
+        lengths[job] = time.monotonic() - began
+        expected[job] = job.result_of(whole)
+    local = rows_of(args.workdir / "whole")
     wrong: list[str] = []
+    if not same(local["rows"], expected[RAY]["rows"]):
+        wrong.append("the rows of the two engines differ")
+    kills: collections.Counter = collections.Counter()
     run = 0
     while kills.total() < args.kills:
         run += 1
+        job = RAY if run % 2 == 0 else QUICKSTART
         workdir = args.workdir / f"run{run}"
         shutil.rmtree(workdir, ignore_errors=True)
         while kills.total() < args.kills:
             name = rng.choice(list(SIGNALS))
-            stage, problem = disturb(workdir, name, rng.uniform(1, 0.4 * length))
+            stage, problem = disturb(job, workdir, name, rng.uniform(1, 0.4 * lengths[job]))
             if problem:
                 wrong.append(f"run {run}, {stage}, {name}: {problem}")
             if not stage:
                 break
             kills[stage, name] += 1
             print(f"{kills.total()}: run {run}, {stage}: {name}", file=sys.stderr, flush=True)
-        said = end(start(workdir))
-        if not (workdir / "report.html").exists():
+        process = start(job, workdir)
+        said = end(process)
+        if process.returncode:
             wrong.append(f"run {run}: not done: {said[-500:]}")
             continue
         try:
-            found = result_of(workdir)
+            found = job.result_of(workdir)
         except (OSError, ValueError) as error:
             wrong.append(f"run {run}: lost: {error}")
             continue
-        differing = [key for key, value in expected.items() if not same(value, found[key])]
+        differing = [key for key, value in expected[job].items() if not same(value, found[key])]
         wrong += [f"run {run}: other {key}" for key in differing]
         if not differing:
             shutil.rmtree(workdir)
-    stages = ("shapes", "vqvae", "preprocess", "dit", "fidelity", "report")
+    stages = ("shapes", "vqvae", "preprocess", "dit", "fidelity", "report", "preprocess on Ray")
     print(f"| signal | {' | '.join(stages)} |\n| --- |{' ---: |' * len(stages)}")
     for name in SIGNALS:
         print(f"| {name} | {' | '.join(str(kills[stage, name]) for stage in stages)} |")

@@ -10,13 +10,17 @@ named by their content, and noted by this process when they are whole: written t
 same, and an interrupted run goes on with what is not noted.
 """
 
+import atexit
 import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -26,7 +30,7 @@ import ray.data
 from etils import epath
 from tqdm import tqdm
 
-from opensora_jax import files, runtime
+from opensora_jax import files, process, runtime
 from opensora_jax.data import dataset_writer, part_counts, parts
 from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, LeftOut
 from opensora_jax.inference.text_encoder import TextEncoder
@@ -40,9 +44,8 @@ _MOST_TASKS = 32
 _LEFT_OUT = {"filtered": Filtered, "failed": Failed}
 
 
-@contextlib.contextmanager
-def encoded(job: Job, address: str | None) -> Iterator[Made]:
-    """Writes the parts that are still missing; within, what each holds is counted.
+def run(job: Job, address: str | None, finish: Callable[[Made], None]) -> None:
+    """Writes the parts that are still missing, then lets `finish` do what is left.
 
     Args:
       address: of the cluster; None: this machine alone.
@@ -50,38 +53,70 @@ def encoded(job: Job, address: str | None) -> Iterator[Made]:
     Raises:
       PreprocessError: no cluster there, or what a worker of it said.
     """
-    with _connected(address), _one_line():
-        made = _make(job)
-        dataset_writer.remove_all_but(job.output, (part["name"] for part in made.parts))
-        yield made
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    started, outcome = threading.Event(), futures.Future()
+
+    def work() -> None:
+        try:
+            with _connected(address), _one_line():
+                started.set()
+                made = _make(job)
+                dataset_writer.remove_all_but(job.output, (part["name"] for part in made.parts))
+                finish(made)
+            outcome.set_result(None)
+        except BaseException as error:
+            outcome.set_exception(error)
+            started.set()
+
+    # In a thread of its own: Ray handles signals, and exceptions that they raise, in its own way,
+    # and what it starts dies with the thread that did.
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        started.wait()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        outcome.result()
+    except process.Stopped as stopped:
+        atexit.register(os._exit, stopped.code)  # that thread may be anywhere
+        raise
 
 
 @contextlib.contextmanager
 def _connected(address: str | None) -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of this run
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are for its developers
+    warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # exec follows
     options = {} if address else {"num_cpus": max(2, os.cpu_count() or 1)}
+    quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
     try:
-        ray.init(
-            address or "local",
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **options,
-        )
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        _expect_answer(address)
+        ray.init(address or "local", **quiet, **options)
+    except (OSError, ValueError, RuntimeError) as error:
         problem = files.short(str(error).strip().splitlines()[0])
         raise PreprocessError(f"ray_address={address}: no cluster there: {problem}") from None
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = _BLOCK_BYTES
+    _silence(logging.getLogger("ray.data"))
     try:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():  # Ray has its own
-                signal.signal(number, handler)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.target_max_block_size = _BLOCK_BYTES
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
         yield
     finally:
         ray.shutdown()
+
+
+def _expect_answer(address: str | None) -> None:
+    """Sees that somebody listens at host:port, which Ray would wait minutes for."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _silence(logger: logging.Logger) -> None:
+    """What goes wrong is told in one line, by `_one_line`."""
+    logger.setLevel(logging.CRITICAL)
+    for handler in logger.handlers:
+        handler.setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
@@ -90,11 +125,10 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        cause: BaseException = error
-        while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-            cause = inner
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise PreprocessError(f"ray: {type(cause).__name__}: {lines[-1]}") from error
+        # Its text is the traces of all workers that it went through, what happened in the end.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        what = lines[-1].strip() if lines else ""
+        raise PreprocessError(f"ray: {type(error).__name__}: {what}") from error
 
 
 def _make(job: Job) -> Made:
@@ -167,6 +201,7 @@ def _encode_videos(
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=1,
+            concurrency=n_cpus,  # without a number it would run inside of what follows
             fn_args=(job.decoding, str(job.videos)),
         )
         .map_batches(

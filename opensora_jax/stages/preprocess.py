@@ -4,7 +4,7 @@ Part by part, videos are decoded, encoded by the VQ-VAE in windows of the length
 on, and written. Legend: T frames, H, W pixels; t, h, w codes; S tokens, D features.
 """
 
-import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -19,7 +19,6 @@ from opensora_jax import files, lock
 from opensora_jax.build import training as build
 from opensora_jax.data import dataset, dataset_writer, video_io
 from opensora_jax.data.captions import expect_a_video, read_captions
-from opensora_jax.files import short
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import check_text_model
 from opensora_jax.inference.tiles import Tiles
@@ -204,14 +203,12 @@ def preprocess(
             windows=windows,
             batch_size=batch_size,
         )
-        with contextlib.ExitStack() as held:
-            if engine == "ray":
-                from opensora_jax.preprocessing import cluster  # the extra `ray`
+        if engine == "ray":
+            from opensora_jax.preprocessing import cluster  # the extra `ray`
 
-                made = held.enter_context(cluster.encoded(job, ray_address))
-            else:
-                made = local.encode(job)
-            _finish(job, metadata, made)
+            cluster.run(job, ray_address, functools.partial(_finish, job, metadata))
+        else:
+            _finish(job, metadata, local.encode(job))
 
 
 # -------------------------------------------------------------------- settings and the summary
@@ -291,8 +288,8 @@ def _is_done(output, settings, engine):
     begun = metadata.get("engine", "local")
     if not complete and begun != engine:
         raise PreprocessError(
-            f"{output}: begun with engine={short(begun)}, not {engine}: go on with that, or use "
-            "another folder"
+            f"{output}: begun with engine={files.short(begun)}, not {engine!r}: go on with that, "
+            "or use another folder"
         )
     return complete
 
