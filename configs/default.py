@@ -60,6 +60,16 @@ def get_config() -> ConfigDict:
     c.vqvae.multipliers = (2, 4, 4)  # of cosmos: the widths of its levels over n_hiddens
     c.vqvae.patch = 4  # of cosmos: pixels and frames that wavelets fold into channels
     c.vqvae.distance = "l2"  # of reconstructions: l2, squared, or l1
+    # What is added to it: LPIPS, with the weights of a file or folder (VGG16 as torchvision saves it,
+    # beside it LPIPS's own where there are), of one frame of each clip; empty: nothing.
+    c.vqvae.perceptual = ""
+    c.vqvae.perceptual_weight = 1.0
+    # And an adversary's opinion of the reconstructions, with this weight; 0: there is none.
+    c.vqvae.adversarial = 0.0
+    c.vqvae.adversarial_from = 0.5  # share of the training from which on it counts, and is trained
+    c.vqvae.adversarial_width = 64  # of its networks
+    c.vqvae.init_from = ""  # a tokenizer of the same sizes that the training begins with
+    c.vqvae.train = "all"  # or decoder: codes stay as they are, as for larger frames of known codes
     c.vqvae.n_codes = 2048  # codebook size, of vq
     c.vqvae.embedding_dim = 256  # dimension of a code, of vq
     c.vqvae.n_hiddens = 240  # width of the networks

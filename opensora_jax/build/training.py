@@ -18,12 +18,14 @@ from ml_collections import ConfigDict
 from opensora_jax import files, hardware
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.build import networks
+from opensora_jax.convert import vgg
 from opensora_jax.diffusion import objectives
 from opensora_jax.diffusion.objectives import Objective
 from opensora_jax.models import dit, flops
 from opensora_jax.models.dit import DiTConfig
+from opensora_jax.models.tokenizer import Tokenizer
 from opensora_jax.tasks.dit import DiTTask, Latents
-from opensora_jax.tasks.vqvae import VQVAETask
+from opensora_jax.tasks.vqvae import Adversarial, VQVAETask, describe
 from opensora_jax.train import optim
 from opensora_jax.train.settings import LoopSettings, StepSettings, Throughput
 
@@ -33,14 +35,41 @@ logger = logging.getLogger(__name__)
 VARIANCE = 0.99
 
 
-def vqvae_task(c: ConfigDict) -> VQVAETask:
-    """The task of `config.vqvae`."""
+def vqvae_task(c: ConfigDict, start_from: Tokenizer | None = None) -> VQVAETask:
+    """The task of `config.vqvae`.
+
+    Args:
+      start_from: the tokenizer of `vqvae.init_from`.
+
+    Raises:
+      ValueError: which is of other sizes, or what is no file of `vqvae.perceptual`'s.
+    """
+    config = networks.vqvae_config(c)
+    if start_from is not None:
+        there = dataclasses.replace(start_from.config, n_frames=config.n_frames)
+        different = files.changes(describe(config), describe(there))
+        if different:
+            raise ValueError(
+                f"config.vqvae.init_from={files.short(c.init_from)}: expected a tokenizer of the "
+                f"same sizes: {'; '.join(different)}"
+            )
+    adversarial = None
+    if c.adversarial:
+        start = int(c.adversarial_from * c.steps)
+        adversarial = Adversarial(c.adversarial_width, c.adversarial, start)
+    perceptual = None
+    if c.perceptual:
+        perceptual = (vgg.load_perceptual(c.perceptual), c.perceptual_weight)
     return VQVAETask(
-        networks.vqvae_config(c),
+        config,
         dtype=networks.compute_dtype(c.dtype),
         quantize_between=(int(c.quantize_from * c.steps), int(c.quantize_to * c.steps)),
         end_weight=c.end_weight,
         distance=c.distance,
+        perceptual=perceptual,
+        adversarial=adversarial,
+        trains_encoder=c.train == "all",
+        start_from=start_from,
     )
 
 

@@ -159,6 +159,13 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "multipliers": whole_numbers(1),
         "patch": at_least(1),
         "distance": one_of(("l2", "l1")),
+        "perceptual": text,
+        "perceptual_weight": positive,
+        "adversarial": not_negative,
+        "adversarial_from": share,
+        "adversarial_width": at_least(1),
+        "init_from": text,
+        "train": one_of(("all", "decoder")),
         "n_codes": at_least(2),
         "embedding_dim": at_least(1),
         "n_hiddens": even,  # for two heads of attention

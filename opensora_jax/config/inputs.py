@@ -102,7 +102,9 @@ def _read_input(
 
 def _check_vqvae(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
     from opensora_jax.build import training as build
+    from opensora_jax.convert import vgg
     from opensora_jax.data import pipeline
+    from opensora_jax.inference import tokenizer
 
     made = [path for path in build.made_datasets(c, workdir) if (path / "metadata.json").exists()]
     if "preprocess" in c.stages and made:
@@ -110,6 +112,9 @@ def _check_vqvae(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
         rules.raise_invalid(c, "vqvae.steps", f"{most}; remove that folder to train on")
     read("data.videos", pipeline.find_videos)
     read("data.held_out_videos", pipeline.find_videos)
+    start_from = read("vqvae.init_from", tokenizer.load_tokenizer)
+    read("vqvae.perceptual", vgg.load_perceptual)
+    build.vqvae_task(c.vqvae, start_from)
 
 
 def _check_preprocess(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:

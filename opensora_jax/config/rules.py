@@ -82,6 +82,11 @@ def _check_models(c: ConfigDict) -> None:
         raise_invalid(
             c, "vqvae.quantize_to", f"at least vqvae.quantize_from={c.vqvae.quantize_from}"
         )
+    if c.vqvae.train == "decoder":
+        if not c.vqvae.init_from:
+            raise_invalid(c, "vqvae.init_from", "a tokenizer, since vqvae.train is decoder")
+        if c.vqvae.weight_decay:
+            raise_invalid(c, "vqvae.weight_decay", "0, since vqvae.train is decoder")
     for part in ("vqvae", "dit"):
         if c[part].keep_every % c[part].checkpoint_every:
             every = f"{part}.checkpoint_every={c[part].checkpoint_every}"

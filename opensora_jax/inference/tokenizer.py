@@ -21,7 +21,6 @@ from opensora_jax.inference.tiles import Tiles
 from opensora_jax.models.tokenizer import Tokenizer
 from opensora_jax.tasks.vqvae import (
     NEW_KEYS,
-    VQVAETask,
     describe,
     from_description,
     to_float,
@@ -48,7 +47,7 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
         return videogpt.load_videogpt(path)
     description = _description(path)
     try:
-        task = VQVAETask(from_description(description))
+        task = from_description(description)
         params, extra = jax.eval_shape(task.init, jax.random.key(0))
     except (TypeError, ValueError, OverflowError) as error:
         model_file = path / checkpoint.MODEL_FILE

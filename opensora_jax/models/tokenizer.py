@@ -90,16 +90,19 @@ class Tokenizer(nnx.Module):
         quantized_share: jax.Array | float = 1.0,
         end_weight: float = 1.0,
         distance: str = "l2",
+        trains_encoder: bool = True,
     ) -> dict[str, jax.Array]:
         """The terms of the loss and what to watch, scalars but for `recon` and `codes`.
 
         With a `key` a learned codebook's averages move (and, after `.train()`, batch statistics
         do), and of every video's positions only `quantized_share` reach the decoder quantized. The
-        first and last frame count `end_weight` times. `distance` is l2, squared, or l1.
+        first and last frame count `end_weight` times. `distance` is l2, squared, or l1. Without
+        `trains_encoder` no gradient reaches what codes depend on.
         """
-        codes, continuous, quantized, commitment = self.quantizer.straight_through(
-            self.latents(video), key
-        )
+        latents = self.latents(video)
+        if not trains_encoder:
+            latents = jax.lax.stop_gradient(latents)
+        codes, continuous, quantized, commitment = self.quantizer.straight_through(latents, key)
         if key is not None:
             chosen = jax.random.uniform(jax.random.fold_in(key, 1), (len(video), 1, 1, 1, 1))
             quantized = jnp.where(chosen < quantized_share, quantized, continuous)

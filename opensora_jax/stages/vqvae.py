@@ -17,6 +17,7 @@ from opensora_jax.build import networks
 from opensora_jax.build import training as build
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import pipeline, video_io
+from opensora_jax.inference.tokenizer import load_tokenizer
 from opensora_jax.metrics import pixel, shapes
 from opensora_jax.stages import shapes as shapes_stage
 from opensora_jax.tasks.vqvae import NEW_KEYS, VQVAETask, describe
@@ -44,8 +45,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     c = config.vqvae
     folder = epath.Path(workdir) / "vqvae"
-    task = build.vqvae_task(c)
-    checkpoint.record_model(folder, describe(task.config), new_keys=NEW_KEYS)
+    task = build.vqvae_task(c, load_tokenizer(c.init_from) if c.init_from else None)
+    described = describe(task.config, task.adversarial)
+    checkpoint.record_model(folder, described, new_keys=NEW_KEYS)
     if build.is_trained(folder, c.steps):
         logger.info("vqvae: %s: done already", folder)
         return

@@ -61,6 +61,16 @@ def test_evaluation_takes_no_more_at_once_than_training(config, tmp_path, monkey
         ({"quantizer": "fsq", "levels": (8, 5, 5)}, (4, 8, 8)),
         (
             {
+                "quantizer": "fsq",
+                "levels": (8, 5, 5),
+                "adversarial": 0.1,
+                "adversarial_from": 0.5,
+                "adversarial_width": 4,
+            },
+            (4, 8, 8),
+        ),
+        (
+            {
                 "architecture": "cosmos",
                 "quantizer": "fsq",
                 "levels": (8, 5, 5),
@@ -74,7 +84,7 @@ def test_evaluation_takes_no_more_at_once_than_training(config, tmp_path, monkey
             (4, 8, 8),
         ),
     ],
-    ids=["videogpt", "cosmos"],
+    ids=["videogpt", "adversarial", "cosmos"],
 )
 def test_each_kind_is_trained_and_opened(config, tmp_path, fields, shape):
     """On eight devices, weights and clips sharded, and gone on with after an interruption."""
@@ -99,6 +109,30 @@ def test_each_kind_is_trained_and_opened(config, tmp_path, fields, shape):
     (codes,) = encoder.finish()
     assert codes.shape == shape
     assert decode(model, codes[None]).shape == (1, n_frames, 16, 16, 3)
+
+
+def test_the_decoder_learns_larger_frames_of_codes_that_stay(config, tmp_path):
+    """The second phase: everything at low resolution first, then the decoder with an adversary."""
+    main.run(config, tmp_path / "first")
+    first = tmp_path / "first" / "vqvae"
+    config.vqvae.update(
+        init_from=str(first), train="decoder", adversarial=0.1, adversarial_from=0.0
+    )
+    config.vqvae.update(resolution=32, adversarial_width=4)
+    config_lib.check(config)
+    config_lib.check_inputs(config, tmp_path / "second")
+    main.run(config, tmp_path / "second")
+    begun, found = load_tokenizer(first), load_tokenizer(tmp_path / "second" / "vqvae")
+    video = np.random.default_rng(0).uniform(-0.5, 0.5, (1, 8, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_array_equal(begun.encode(video), found.encode(video))
+    codes = begun.encode(video)
+    assert not np.array_equal(begun.decode(codes), found.decode(codes))
+    config.vqvae.n_codes = 32
+    with pytest.raises(ValueError, match=r"init_from=.*same sizes: n_codes=32, there 16"):
+        config_lib.check_inputs(config, tmp_path / "third")
+    config.vqvae.init_from = ""
+    with pytest.raises(ValueError, match=r"init_from='': expected a tokenizer, since vqvae\.train"):
+        config_lib.check(config)
 
 
 def test_gradients_pass_the_rounding(config):
