@@ -4,10 +4,10 @@
 
 Two jobs in turns: the quickstart at toy size, all stages, and preprocessing of its videos on Ray. A
 signal (SIGKILL, SIGTERM, SIGINT, or SIGSTOP and then SIGCONT or SIGKILL) comes at a random moment
-of its life, and the same command is run again, until it is done or was killed eight times and is left
-to end; then the other begins, until there were so many kills. Numbers of the logs, bytes of the dataset and of the videos, arrays of the
-checkpoints and the best loss must be the same, and nothing left over; of Ray's dataset, which names
-its parts otherwise, every row.
+of its life, and the same command is run again, until it is done, or was killed eight times and is
+left to end; then the other begins, until there were so many kills. Numbers of the logs, bytes of
+the dataset and of the videos, arrays of the checkpoints and the best loss must be the same, and
+nothing left over; of Ray's dataset, which names its parts otherwise, every row.
 """
 
 import argparse
