@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     c.data.captions = ""  # captions file, JSON or JSONL; empty: the moving shapes'
     c.data.videos = ""  # folder of video files; empty: the moving shapes'
     c.data.held_out_videos = ""  # folder to watch the VQ-VAE on; empty: the moving shapes'
+    c.data.images = ""  # folder of images for the VQ-VAE beside the videos; empty: none
     c.data.workers = 0  # threads that decode the VQ-VAE's clips; 0: one a core
     # Arrow dataset to train the DiT on, or several of other sizes, with a comma between two; empty:
     # WORKDIR/dataset.
@@ -79,6 +80,7 @@ def get_config() -> ConfigDict:
     c.vqvae.n_frames = 16  # frames a training clip
     c.vqvae.resolution = 128  # pixels, short side of a clip, cropped square
     c.vqvae.fps = 8.0  # frames a second of a clip; 0: as in the file
+    c.vqvae.still_share = 0.2  # of clips that are images of data.images, if there are any
     c.vqvae.batch_size = 32  # clips a step, over all devices
     c.vqvae.accumulate = 1  # microbatches a step, when a batch does not fit
     c.vqvae.steps = 100_000

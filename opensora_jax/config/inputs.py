@@ -112,6 +112,7 @@ def _check_vqvae(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
         rules.raise_invalid(c, "vqvae.steps", f"{most}; remove that folder to train on")
     read("data.videos", pipeline.find_videos)
     read("data.held_out_videos", pipeline.find_videos)
+    read("data.images", pipeline.find_images)
     start_from = read("vqvae.init_from", tokenizer.load_tokenizer)
     read("vqvae.perceptual", vgg.load_perceptual)
     build.vqvae_task(c.vqvae, start_from)

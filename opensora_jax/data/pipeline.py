@@ -19,7 +19,7 @@ import numpy as np
 from opensora_jax.data import video_io
 from opensora_jax.data.dataset import LatentDataset
 from opensora_jax.data.parts import CODES, TEXT
-from opensora_jax.data.video_file import VIDEO_SUFFIXES
+from opensora_jax.data.video_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from opensora_jax.data.video_window import Timeline
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,18 @@ def find_videos(folder: str | Path) -> list[Path]:
     Raises:
       FileNotFoundError: if there are none.
     """
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    return _find(folder, VIDEO_SUFFIXES, "video")
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """As `find_videos`, of images."""
+    return _find(folder, IMAGE_SUFFIXES, "image")
+
+
+def _find(folder, suffixes, kind):
+    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in suffixes)
     if not paths:
-        raise FileNotFoundError(f"{folder}: no video files ({' '.join(VIDEO_SUFFIXES)})")
+        raise FileNotFoundError(f"{folder}: no {kind} files ({' '.join(suffixes)})")
     return paths
 
 
@@ -77,12 +86,15 @@ class ClipSource:
             start = int(rng.integers(len(timeline) - self._n_frames + 1))
             return {"video": timeline.window(start, self._n_frames, self._resolution)}
         except video_io.VideoError as error:
-            with self._lock:
-                is_new = index not in self._named
-                self._named.add(index)
-            if is_new:
-                logger.warning("left out: %s", error)
+            self._left_out(index, error)
             return None
+
+    def _left_out(self, index: int, error: Exception) -> None:
+        with self._lock:
+            is_new = index not in self._named
+            self._named.add(index)
+        if is_new:
+            logger.warning("left out: %s", error)
 
     def _read_timeline(self, index):
         path = self._paths[index]
@@ -94,9 +106,23 @@ class ClipSource:
         return timeline
 
 
+class StillSource(ClipSource):
+    """As `ClipSource`, of images: each is a clip in which nothing moves."""
+
+    def clip(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
+        try:
+            image_THWC = video_io.read_video(self._paths[index], resolution=self._resolution)
+        except video_io.VideoError as error:
+            self._left_out(index, error)
+            return None
+        return {"video": np.repeat(image_THWC[:1], self._n_frames, axis=0)}
+
+
 def clips(
     source: ClipSource,
     *,
+    stills: StillSource | None = None,
+    still_share: float = 0.0,
     batch_size: int,
     seed: int,
     indices: Sequence[int] | None = None,
@@ -107,13 +133,17 @@ def clips(
     For a video that cannot be used the next one that can stands in.
 
     Args:
+      stills: images that take the place of a video with a probability of `still_share`.
       batch_size: examples of a batch, over all processes.
       indices: the examples of each batch that this process loads; None means all.
       workers: threads that decode, a batch each; 0: one a core.
     """
 
     def load(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        candidates = (source.clip((index + i) % len(source), rng) for i in range(len(source)))
+        chosen = source
+        if stills is not None and rng.random() < still_share:
+            chosen, index = stills, int(rng.integers(len(stills)))
+        candidates = (chosen.clip((index + i) % len(chosen), rng) for i in range(len(chosen)))
         return next(clip for clip in candidates if clip is not None)
 
     items = grain.MapDataset.source(source).shuffle(seed=seed).repeat()

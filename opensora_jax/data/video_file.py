@@ -1,4 +1,4 @@
-"""Opens video files, and goes through their packets and frames as they are stored.
+"""Opens video files and images, and goes through their packets and frames as they are stored.
 
 Everything that is wrong with a file becomes a `VideoError` that names it. This is PyAV's work, not
 imageio's, whose plugin for PyAV shows no timestamps, rotation or damaged frames.
@@ -37,7 +37,13 @@ _FORMATS = {
 # A file with one of these suffixes is taken for a video, in a folder as in a captions file.
 VIDEO_SUFFIXES = tuple(_FORMATS)
 
-_OPTIONS = {"format_whitelist": ",".join(_FORMATS.values()), "protocol_whitelist": "file"}
+# An image is a video of one frame. By suffix libav would take one for a pattern of names.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_IMAGE_FORMATS = {b"\x89PNG": "png_pipe", b"\xff\xd8\xff": "jpeg_pipe", b"RIFF": "webp_pipe"}
+
+_PROTOCOLS = {"protocol_whitelist": "file"}
+_OPTIONS = {"format_whitelist": ",".join(_FORMATS.values()), **_PROTOCOLS}
+_IMAGE_OPTIONS = {"format_whitelist": ",".join(_IMAGE_FORMATS.values()), **_PROTOCOLS}
 # Titles and tags in unknown encodings are nothing to fail for; PyAV 19 never does, and has no
 # such argument.
 _ARGUMENTS = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -136,17 +142,40 @@ def _check_name(path):
         raise VideoError(short(str(path)), error.strerror) from None
     if not is_file:
         raise VideoError(path, "no such file")
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
-        expected = " ".join(VIDEO_SUFFIXES)
+    if path.suffix.lower() not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
+        expected = " ".join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)
         raise VideoError(path, f"suffix {path.suffix!r}: expected one of {expected}")
 
 
 def _open(path):
+    kind, options = None, _OPTIONS
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        kind, options = _image_format(path), _IMAGE_OPTIONS
     try:
         # "file:", or libav takes a name such as "concat:..." for an address.
-        return av.open(f"file:{path}", options=_OPTIONS, **_ARGUMENTS)
+        return av.open(f"file:{path}", format=kind, options=options, **_ARGUMENTS)
     except av.ArgumentError as error:
         raise VideoError(path, "not a video, or in a format that is not read") from error
+
+
+def _image_format(path):
+    """What an image file holds, whatever its suffix; a VideoError where its end is missing."""
+    with path.open("rb") as file:
+        start = file.read(12)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 4096))
+        end = file.read()
+    found = next((of for magic, of in _IMAGE_FORMATS.items() if start.startswith(magic)), None)
+    whole = {
+        "png_pipe": b"IEND" in end,
+        "jpeg_pipe": b"\xff\xd9" in end,
+        "webp_pipe": size >= 8 + int.from_bytes(start[4:8], "little"),
+    }
+    if found is None:
+        raise VideoError(path, "not an image, or in a format that is not read")
+    if not whole[found]:
+        raise VideoError(path, "truncated: the end of the image is missing")
+    return found
 
 
 def _video_stream(path, container):

@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         return
     made = shapes_stage.split_folder(workdir, "train") / "videos"
     paths = pipeline.find_videos(config.data.videos or made)
-    source = clip_source(config, paths)
+    source, stills = clip_source(config, paths), still_source(config)
     mesh = mesh_lib.make_mesh(config.mesh)
     kind, videos = evaluation_videos(config, workdir, paths)
     # What fits in training fits here.
@@ -65,6 +65,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         schedule,
         pipeline.clips(
             source,
+            stills=stills,
+            still_share=c.still_share,
             seed=config.seed,
             workers=config.data.workers,
             **build.local_share(mesh, c.batch_size),
@@ -100,6 +102,17 @@ def clip_source(config: ConfigDict, paths: Sequence[Path]) -> pipeline.ClipSourc
             f"{paths[0].parent}: none of the {len(paths)} videos can be used: expected readable "
             f"videos of at least vqvae.n_frames={c.n_frames} frames"
         )
+    return source
+
+
+def still_source(config: ConfigDict) -> pipeline.StillSource | None:
+    """Images beside the videos, if `config.data.images` says where; as `clip_source`."""
+    if not config.data.images:
+        return None
+    c, paths = config.vqvae, pipeline.find_images(config.data.images)
+    source = pipeline.StillSource(paths, c.n_frames, c.resolution)
+    if all(source.clip(i, np.random.default_rng(0)) is None for i in range(len(source))):
+        raise ValueError(f"{config.data.images}: none of the {len(paths)} images can be read")
     return source
 
 

@@ -173,7 +173,6 @@ def test_not_a_video(tmp_path):
         "text.txt",
         "folder.mp4",
         "sound.wav",
-        "picture.png",
         "picture.mp4",
         "video.dat",
         "missing.mp4",
