@@ -20,7 +20,11 @@ def get_config() -> ConfigDict:
 
     # Where things are. Empty: where the stage before writes them in the workdir.
     c.data = ConfigDict()
-    c.data.captions = ""  # captions file, JSON or JSONL; empty: the moving shapes'
+    # Captions: JSON, JSONL, a table (CSV, Parquet), or a folder of videos with a .txt beside each, or
+    # of WebDataset archives; empty: the moving shapes'.
+    c.data.captions = ""
+    c.data.file_column = "file"  # of a table
+    c.data.caption_column = "captions"  # of a table
     c.data.videos = ""  # folder of video files; empty: the moving shapes'
     c.data.held_out_videos = ""  # folder to watch the VQ-VAE on; empty: the moving shapes'
     c.data.images = ""  # folder of images for the VQ-VAE beside the videos; empty: none
@@ -124,6 +128,7 @@ def get_config() -> ConfigDict:
     # Each row with all its columns, for others to read part by part: codes and features are stored
     # as often as there are captions.
     c.preprocess.flat = False
+    c.preprocess.strict = False  # one video that cannot be used ends it, instead of being left out
 
     # The DiT and its training.
     c.dit = ConfigDict()

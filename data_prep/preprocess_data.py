@@ -4,7 +4,8 @@
 
 The captions file is a JSON list (or one object per line) of
     {"file": "video0.mp4", "captions": ["a cat sleeps", "a sleeping cat"]}
-Each caption becomes a row. Run the same command again to go on after an interruption.
+or one of the other kinds below. Each caption becomes a row. Run the same command again to go on
+after an interruption.
 """
 
 from opensora_jax import process
@@ -19,7 +20,13 @@ from opensora_jax.stages.preprocess import preprocess
 def main() -> None:
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("-c", "--captions", required=True, help="captions file, .json or .jsonl")
+    add(
+        "-c",
+        "--captions",
+        required=True,
+        help="captions: .json, .jsonl, .csv, .tsv, .parquet, a folder of videos with a .txt beside "
+        "each, a WebDataset .tar or a folder of such",
+    )
     add("-v", "--videos", required=True, help="folder that the file names are relative to")
     add("-o", "--output", required=True, help="folder for the dataset")
     add(
@@ -79,6 +86,13 @@ def main() -> None:
         help="each row with all its columns, as datasets.load_from_disk reads a part: codes and "
         "features are stored as often as there are captions",
     )
+    add("--file_column", default="file", help="of a table: the column of file names")
+    add("--caption_column", default="captions", help="of a table: the column of captions")
+    add(
+        "--strict",
+        action="store_true",
+        help="end at the first entry or video that cannot be used, instead of leaving it out",
+    )
     add(
         "--engine",
         default="local",
@@ -97,6 +111,7 @@ def main() -> None:
     for name in ("fps", "max_frames", "n_frames", "window", "tile"):
         arguments[name] = arguments[name] or None
     paths = [arguments.pop(name) for name in ("captions", "videos", "output")]
+    arguments["columns"] = (arguments.pop("file_column"), arguments.pop("caption_column"))
     runtime.keep_compiled_programs()
     preprocess(*paths, **arguments)
 

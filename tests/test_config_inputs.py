@@ -94,7 +94,7 @@ def test_a_name_on_the_hub_is_not_asked_for(folder, tmp_path):
     ("name", "value", "expected"),
     [
         ("data.captions", "/nope", "no such file"),
-        ("data.captions", "@videos", "s a directory"),
+        ("data.captions", "@videos", "not one entry can be used: a.mp4: captions="),
         ("data.captions", "@videos/a.mp4", "not UTF-8"),
         ("data.captions", "", "shapes/train/captions.json: no such file"),
         ("data.videos", "@text_model", "none of the captions' videos is there, not 'a.mp4'"),

@@ -135,6 +135,8 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "videos": text,
         "held_out_videos": text,
         "images": text,
+        "file_column": text,
+        "caption_column": text,
         "workers": at_least(0),
         "dataset": text,
         "vqvae": text,
@@ -191,6 +193,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "batch_size": at_least(1),
         "videos_per_part": at_least(1),
         "flat": true_or_false,
+        "strict": true_or_false,
     },
     "dit": _TRAINING
     | {

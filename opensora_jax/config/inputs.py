@@ -122,7 +122,11 @@ def _check_preprocess(c: ConfigDict, workdir: epath.Path, read: Callable) -> Non
     from opensora_jax.data import captions
     from opensora_jax.inference import text_encoder, tokenizer
 
-    entries = read("data.captions", captions.read_captions)
+    columns = (c.data.file_column, c.data.caption_column)
+    strict = c.preprocess.strict
+    entries = read(
+        "data.captions", lambda path: captions.read_captions(path, columns, strict=strict)
+    )
     for one, other in (("captions", "videos"), ("videos", "captions")):
         if c.data[one] and not c.data[other]:
             rules.raise_invalid(

@@ -1,25 +1,42 @@
-"""The captions file: which video has which captions.
+"""Which video has which captions: read from whatever holds them, and checked.
 
-A JSON list of `{"file": "video0.mp4", "captions": ["...", "..."]}`, or the same objects one per
-line (JSONL). `file` is relative to the video folder. Other keys are kept as they are.
+A captions file is
+- JSON: a list of `{"file": "video0.mp4", "captions": ["...", "..."]}`, or the same objects one per
+  line (JSONL); other keys are kept as they are;
+- a table (.csv, .tsv, .parquet) with a column of files and one of captions, strings or lists of
+  them; rows of one file belong together;
+- a folder of videos, each with a .txt of the same name beside it, a caption a line;
+- a WebDataset archive (.tar) of videos, each with a .txt or .json, or a folder of such.
+`file` is relative to the video folder: for the last two that folder, or the archive's.
 """
 
-import json
 import os
 from pathlib import PurePosixPath
+from typing import Any
 
 from etils import epath
 
 from opensora_jax import files
+from opensora_jax.data import caption_files
+from opensora_jax.data.caption_files import CaptionsError
 from opensora_jax.files import short
 
+__all__ = ["COLUMNS", "PROBLEM", "CaptionsError", "expect_a_video", "read_captions"]
 
-class CaptionsError(ValueError):
-    """A captions file is not as expected; the message names the file, the entry and the value."""
+COLUMNS = ("file", "captions")
+# Of an entry that cannot be used: why.
+PROBLEM = "problem"
 
 
-def read_captions(path: str | os.PathLike) -> list[dict]:
-    """Reads and checks a captions file.
+def read_captions(
+    path: epath.PathLike, columns: tuple[str, str] = COLUMNS, *, strict: bool = True
+) -> list[dict[str, Any]]:
+    """Reads and checks captions.
+
+    Args:
+      columns: of a table: the names of the column of files and of that of captions.
+      strict: whether an entry that cannot be used is an error; else it says why under PROBLEM, and
+        has no captions. A file that cannot be read at all is an error always.
 
     Returns:
       The entries in the file's order: each a dict with `file` (str, relative, forward slashes),
@@ -31,66 +48,50 @@ def read_captions(path: str | os.PathLike) -> list[dict]:
         entries for one video, a path that leaves the video folder, an empty or blank caption, ...
     """
     path = epath.Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise CaptionsError(f"{path}: no such file: expected a captions file") from None
-    except OSError as error:
-        raise CaptionsError(f"{path}: {error.strerror}: expected a captions file") from None
-    except UnicodeDecodeError as error:
-        raise CaptionsError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from None
-    try:
-        entries = {}  # file -> (where in the captions file, entry)
-        for where, value in _parse(path, text):
+    entries, seen = [], {}
+    for where, value in caption_files.read(path, columns):
+        try:
             entry = _check(f"{path}: {where}", value)
             file = entry["file"]
-            if file in entries:
+            if file in seen:
                 raise CaptionsError(
-                    f"{path}: {where}: file={short(file)} is already at {entries[file][0]}: "
+                    f"{path}: {where}: file={short(file)} is already at {seen[file]}: "
                     "expected one entry per video with all its captions"
                 )
-            entries[file] = where, entry
-    except RecursionError:
-        raise CaptionsError(
-            f"{path}: nested too deeply: expected a list of objects, or one object per line"
-        ) from None
+            seen[file] = where
+        except CaptionsError as error:
+            if strict:
+                raise
+            file = value.get("file") if isinstance(value, dict) else None
+            problem = str(error).removeprefix(f"{path}: ")
+            name = file if isinstance(file, str) and file.strip() else where
+            entry = {"file": name, "captions": [], PROBLEM: problem}
+        entries.append(entry)
     if not entries:
         raise CaptionsError(f"{path}: no entries: expected at least one video with captions")
-    return [entry for _, entry in entries.values()]
+    if all(PROBLEM in entry for entry in entries):
+        raise CaptionsError(f"{path}: not one entry can be used: {entries[0][PROBLEM]}")
+    return entries
 
 
-def expect_a_video(entries: list[dict], folder: str | os.PathLike) -> None:
-    """Sees that a folder holds the video of at least one entry.
+def expect_a_video(entries: list[dict], folder: epath.PathLike) -> None:
+    """Sees that a folder holds the video, or its archive, of at least one entry.
 
     Raises:
       CaptionsError: not one is there.
     """
-    is_there = epath.Path.is_file if files.is_remote(folder) else os.path.isfile
-    if not any(is_there(epath.Path(folder) / entry["file"]) for entry in entries):
-        first = short(entries[0]["file"])
-        raise CaptionsError(f"{folder}: none of the captions' videos is there, not {first}")
-
-
-def _parse(path, text):
-    """Yields (where in the file, parsed value)."""
-    if text.lstrip().startswith("["):
-        for i, value in enumerate(_loads(str(path), text)):
-            yield f"entry {i}", value
-    else:
-        for i, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield f"line {i}", _loads(f"{path}: line {i}", line)
-
-
-def _loads(where, text):
-    try:
-        return json.loads(text)
-    except ValueError as error:
+    is_there = epath.Path.exists if files.is_remote(folder) else os.path.isfile
+    usable = [entry["file"] for entry in entries if PROBLEM not in entry]
+    if not any(is_there(epath.Path(folder) / _on_disk(file)) for file in usable):
         raise CaptionsError(
-            f"{where}: not JSON ({error}): expected a list of objects, or one object per line"
-        ) from None
+            f"{folder}: none of the captions' videos is there, not {short(usable[0])}"
+        )
+
+
+def _on_disk(file: str) -> str:
+    """The file, or the archive that it lies in."""
+    start, is_archived, _ = file.partition(".tar/")
+    return f"{start}.tar" if is_archived else file
 
 
 def _check(where, entry):

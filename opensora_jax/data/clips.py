@@ -6,12 +6,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.data import video_io
+from opensora_jax.data import archives, video_io
+from opensora_jax.data.captions import PROBLEM
 from opensora_jax.windows import Windows
 
 
@@ -59,11 +61,19 @@ class Decoding:
     n_frames: int | None
     windows: Windows
 
-    def __call__(self, folder: epath.PathLike, name: str) -> Clip | LeftOut:
-        """What becomes of the file `name` in `folder`, of this machine or in an object store."""
+    def __call__(self, folder: epath.PathLike, entry: dict[str, Any]) -> Clip | LeftOut:
+        """What becomes of an entry of `read_captions`.
+
+        Args:
+          folder: where its file is, of this machine or in an object store.
+        """
+        name = entry["file"]
+        if PROBLEM in entry:
+            return Failed(name, entry[PROBLEM])
         try:
             name.encode()
-            with files.nearby(epath.Path(folder) / name) as path:
+            _expect_inside(epath.Path(folder), name)
+            with archives.member(folder, name) as path:
                 info = video_io.probe(path)  # to its end, which is to be there even if it is cut
                 frames_THWC = video_io.read_video(
                     path,
@@ -80,6 +90,8 @@ class Decoding:
             return Failed(name, error.reason)
         except FileNotFoundError:  # of an object store
             return Failed(name, "no such file")
+        except archives.ArchiveError as error:
+            return Failed(name, str(error))
         needed = self.n_frames or self.windows.least
         if len(frames_THWC) < needed:
             return Filtered(name, f"{len(frames_THWC)} frames, expected at least {needed}")
@@ -87,13 +99,27 @@ class Decoding:
         return Clip(frames_THWC[:n_frames], self.fps or info.fps)
 
 
+def _expect_inside(folder: epath.Path, name: str) -> None:
+    """Sees that a file of this machine's lies in the folder, also where it is a link.
+
+    Raises:
+      VideoError: it does not.
+    """
+    if files.is_remote(folder) or "\0" in name:
+        return
+    path = os.path.join(folder, name)
+    root, real = os.path.realpath(folder), os.path.realpath(path)
+    if os.path.commonpath([root, real]) != root:
+        raise video_io.VideoError(path, "a link that leads out of the video folder")
+
+
 def decode_clips(
-    decoding: Decoding, folder: epath.PathLike, names: Iterable[str]
+    decoding: Decoding, folder: epath.PathLike, entries: Iterable[dict[str, Any]]
 ) -> Iterator[Clip | LeftOut]:
-    """Yields what becomes of each of the files, whose names are relative to `folder`, in order."""
+    """Yields what becomes of each entry, in order."""
     n_threads = min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(n_threads) as pool:
-        yield from map_ahead(pool, functools.partial(decoding, folder), names, n_threads + 1)
+        yield from map_ahead(pool, functools.partial(decoding, folder), entries, n_threads + 1)
 
 
 def map_ahead(

@@ -12,6 +12,7 @@ same, and an interrupted run goes on with what is not noted.
 
 import atexit
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -32,10 +33,18 @@ from tqdm import tqdm
 
 from opensora_jax import files, process, runtime
 from opensora_jax.data import dataset_writer, part_counts, parts
+from opensora_jax.data.captions import PROBLEM
 from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, LeftOut
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import WindowEncoder, load_tokenizer
-from opensora_jax.preprocessing.job import PART_BYTES, Job, Made, PreprocessError, record_of
+from opensora_jax.preprocessing.job import (
+    PART_BYTES,
+    Job,
+    Made,
+    PreprocessError,
+    expect_none_failed,
+    record_of,
+)
 
 _TEXTS_PER_PART = 1024
 _BLOCK_BYTES = 2**25  # of decoded windows, which go from one machine to another
@@ -184,15 +193,20 @@ def _encode_videos(
     entries = [(name, entry) for name, group in groups.items() for entry in group]
     n_cpus = int(ray.cluster_resources().get("CPU", 1))
     a_task = max(1, min(job.settings["videos_per_part"], len(entries) // (4 * n_cpus)))
-    names = [entry["file"].encode("utf-8", "surrogatepass") for _, entry in entries]
+    # Not as strings: a file name need not be text.
+    keys = ("file", PROBLEM)
+    named = [
+        json.dumps({key: entry[key] for key in keys if key in entry}).encode()
+        for _, entry in entries
+    ]
     blocks = [
         pa.table(
             {
-                "entry": pa.array(range(start, min(start + a_task, len(names))), pa.int64()),
-                "file": pa.array(names[start : start + a_task], pa.binary()),
+                "entry": pa.array(range(start, min(start + a_task, len(named))), pa.int64()),
+                "named": pa.array(named[start : start + a_task], pa.binary()),
             }
         )
-        for start in range(0, len(names), a_task)
+        for start in range(0, len(named), a_task)
     ]
     found = (
         ray.data.from_arrow(blocks)
@@ -226,7 +240,9 @@ def _encode_videos(
             i = row["entry"]
             name, entry = entries[i]
             if row["kind"]:
-                outcomes[name][i] = _LEFT_OUT[row["kind"]](entry["file"], row["reason"])
+                clip = _LEFT_OUT[row["kind"]](entry["file"], row["reason"])
+                expect_none_failed(job, clip)
+                outcomes[name][i] = clip
             elif i not in outcomes[name]:
                 windows[i][row["window"]] = np.frombuffer(row["codes"], np.int32)
                 if len(windows[i]) < row["n_windows"]:
@@ -255,9 +271,9 @@ def _grid(job: Job) -> tuple[int, int]:
 
 def _decode(table: pa.Table, decoding: Decoding, folder: str) -> Iterator[pa.Table]:
     """Entries -> windows of their frames, as bytes, or why there are none."""
-    for i, name in zip(*(table.column(key).to_pylist() for key in ("entry", "file")), strict=True):
-        name = name.decode("utf-8", "surrogatepass")
-        clip = decoding(epath.Path(folder), name)
+    columns = (table.column(key).to_pylist() for key in ("entry", "named"))
+    for i, named in zip(*columns, strict=True):
+        clip = decoding(folder, json.loads(named))
         if not isinstance(clip, Clip):
             kind = next(kind for kind, of in _LEFT_OUT.items() if isinstance(clip, of))
             yield _rows(entry=i, kind=kind, reason=clip.reason)

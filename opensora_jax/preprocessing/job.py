@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from opensora_jax import files
 from opensora_jax.data.clips import Decoding, Failed, Filtered, LeftOut
 from opensora_jax.data.part_counts import Counts
 from opensora_jax.models.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class Job:
     settings: that decide what is in the dataset, as metadata.json has them.
     windows: how videos are cut in time.
     batch_size: windows encoded at a time.
+    strict: whether one video that cannot be read ends it.
     """
 
     entries: list[dict[str, Any]]
@@ -41,6 +43,7 @@ class Job:
     settings: dict[str, Any]
     windows: Windows
     batch_size: int
+    strict: bool = False
 
     @property
     def decoding(self) -> Decoding:
@@ -60,6 +63,12 @@ class Made:
     records: list[dict[str, Any]]
     parts: list[dict[str, Any]] | None = None
     counts: Iterable[Counts] | None = None
+
+
+def expect_none_failed(job: Job, clip: LeftOut) -> None:
+    """Raises PreprocessError, of a strict job, for a video that cannot be read."""
+    if job.strict and isinstance(clip, Failed):
+        raise PreprocessError(f"{files.short(clip.file)}: {clip.reason} (strict=True)")
 
 
 def record_of(n_kept: int, left_out: list[LeftOut]) -> dict[str, Any]:

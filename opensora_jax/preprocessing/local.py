@@ -30,7 +30,7 @@ def encode(job: jobs.Job) -> jobs.Made:
     latent_bytes = height * width * code_bytes
     encoder = WindowEncoder(job.model, settings["window"], job.batch_size, settings.get("tile"))
     features = _CaptionFeatures(text_encoder.encode, todo)
-    decoded = decode_clips(job.decoding, job.videos, [entry["file"] for entry in todo])
+    decoded = decode_clips(job.decoding, job.videos, todo)
     with tqdm(total=len(entries), initial=len(entries) - len(todo), unit="video") as bar:
         pairs = zip(todo, decoded, strict=True)
         while done < len(entries):
@@ -43,6 +43,7 @@ def encode(job: jobs.Job) -> jobs.Made:
                     size += windows.latents(len(clip.frames_THWC)) * latent_bytes
                 else:
                     left_out.append(clip)
+                    jobs.expect_none_failed(job, clip)
                 bar.update()
                 if size >= jobs.PART_BYTES:
                     break

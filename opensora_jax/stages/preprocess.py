@@ -18,7 +18,7 @@ from etils import epath
 from opensora_jax import files, lock
 from opensora_jax.build import training as build
 from opensora_jax.data import dataset, dataset_writer, video_io
-from opensora_jax.data.captions import expect_a_video, read_captions
+from opensora_jax.data.captions import COLUMNS, expect_a_video, read_captions
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import check_text_model
 from opensora_jax.inference.tiles import Tiles
@@ -43,6 +43,8 @@ def run(config, workdir: str | os.PathLike) -> None:
     workdir = epath.Path(workdir)
     data, options = config.data, config.preprocess
     captions = data.captions or workdir / "shapes" / "train" / "captions.json"
+    columns = (data.get("file_column", COLUMNS[0]), data.get("caption_column", COLUMNS[1]))
+    strict = options.get("strict", False)
     text_model = data.text_model
     if not text_model:
         text_model = workdir / "text_model"
@@ -50,7 +52,8 @@ def run(config, workdir: str | os.PathLike) -> None:
             f"preprocess: no text model in the config: {text_model} is a small, randomly "
             "initialised one that knows the words of the captions; nothing is downloaded"
         )
-        words = [caption for entry in read_captions(captions) for caption in entry["captions"]]
+        entries = read_captions(captions, columns, strict=strict)
+        words = [caption for entry in entries for caption in entry["captions"]]
         make_small_text_model(text_model, words)
     folders = build.made_datasets(config, workdir)
     for folder, resolution in zip(folders, np.atleast_1d(options.resolution), strict=True):
@@ -69,6 +72,8 @@ def run(config, workdir: str | os.PathLike) -> None:
             batch_size=options.batch_size,
             videos_per_part=options.videos_per_part,
             flat=options.get("flat", False),
+            columns=columns,
+            strict=strict,
         )
 
 
@@ -88,6 +93,8 @@ def preprocess(
     batch_size: int = 8,
     videos_per_part: int = 64,
     flat: bool = False,
+    columns: tuple[str, str] = COLUMNS,
+    strict: bool = False,
     engine: str = "local",
     ray_address: str | None = None,
 ) -> None:
@@ -97,7 +104,7 @@ def preprocess(
     video that cannot be used is left out, and named with its reason in metadata.json.
 
     Args:
-      captions: the captions file.
+      captions: the captions, of any kind that `data.captions` reads.
       videos: the folder that its file names are relative to, of this machine or an object store.
       output: the folder to write, of this machine; with Ray one that all its machines see, or of an
         object store.
@@ -118,6 +125,8 @@ def preprocess(
         so that a part stays small.
       flat: every row with all its columns, as `datasets.load_from_disk` reads a part; codes and
         features are stored as often as there are captions.
+      columns: of captions in a table: the names of the column of files and of that of captions.
+      strict: whether one entry or video that cannot be used ends it, instead of being left out.
       engine: `local`: this machine alone; `ray`: a cluster of them.
       ray_address: of the cluster; None: one of this machine alone, for as long as this lasts.
 
@@ -142,7 +151,7 @@ def preprocess(
         if value is not None and value < 1:
             raise PreprocessError(f"{name}={value}: expected at least 1")
     videos, output = epath.Path(videos), epath.Path(output)
-    entries = read_captions(captions)
+    entries = read_captions(captions, columns, strict=strict)
     expect_a_video(entries, videos)
     model = load_tokenizer(vqvae)
     window = window or model.n_frames
@@ -159,6 +168,7 @@ def preprocess(
         # Which older datasets do not say.
         **({"flat": True} if flat else {}),
         **({"tile": tile} if tile else {}),
+        **({"columns": list(columns)} if tuple(columns) != COLUMNS else {}),
     }
     windows = _windows(settings, model)
     if _is_done(output, settings, engine):
@@ -170,7 +180,7 @@ def preprocess(
     metadata = {
         "complete": False,
         "engine": engine,
-        "command": _command(captions, videos, output, vqvae, text_model, settings, engine),
+        "command": _command(captions, videos, output, vqvae, text_model, settings, engine, strict),
         "vqvae": str(files.absolute(vqvae)),
         "vqvae_fingerprint": settings["vqvae_fingerprint"],
         "text_model": _location(text_model),
@@ -202,6 +212,7 @@ def preprocess(
             settings=settings,
             windows=windows,
             batch_size=batch_size,
+            strict=strict,
         )
         if engine == "ray":
             from opensora_jax.preprocessing import cluster  # the extra `ray`
@@ -295,6 +306,9 @@ def _is_done(output, settings, engine):
 
 
 def _sha256(path):
+    if epath.Path(path).is_dir():  # of captions beside videos: by names and sizes
+        found = [f"{p.relative_to(path)} {p.stat().length}" for p in files.walk(path)]
+        return hashlib.sha256("\n".join(found).encode(errors="surrogateescape")).hexdigest()[:16]
     with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -314,7 +328,7 @@ def _location(name_or_folder):
     return str(folder.absolute() if folder.is_dir() else name_or_folder)
 
 
-def _command(captions, videos, output, vqvae, text_model, settings, engine):
+def _command(captions, videos, output, vqvae, text_model, settings, engine, strict):
     """The command line that goes on with this dataset."""
     words = ["python", "data_prep/preprocess_data.py", "-c", captions, "-v", videos, "-o", output]
     words += ["--vqvae", vqvae, "--text_model", text_model, "--resolution", *settings["resolution"]]
@@ -322,6 +336,10 @@ def _command(captions, videos, output, vqvae, text_model, settings, engine):
         words += [f"--{key}", settings[key] or 0]
     words += ["--flat"] if "flat" in settings else []
     words += ["--tile", settings["tile"]] if "tile" in settings else []
+    if "columns" in settings:
+        file_column, caption_column = settings["columns"]
+        words += ["--file_column", file_column, "--caption_column", caption_column]
+    words += ["--strict"] if strict else []
     words += ["--engine", engine] if engine != "local" else []
     return shlex.join(map(str, words))
 

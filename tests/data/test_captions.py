@@ -103,8 +103,8 @@ def test_long_values_are_cut(tmp_path, entry):
     assert len(str(caught.value)) < len(str(path)) + 300
 
 
-def test_a_folder_is_named(tmp_path):
-    with pytest.raises(CaptionsError, match=rf"{tmp_path}: Is a directory: expected a captions"):
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(CaptionsError, match=rf"{tmp_path}: no entries: expected"):
         read_captions(tmp_path)
 
 

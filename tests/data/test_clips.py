@@ -9,6 +9,11 @@ from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, decode_cli
 from opensora_jax.data.video_io import read_video, write_video
 from opensora_jax.windows import Windows
 
+
+def entries(names):
+    return [{"file": name} for name in names]
+
+
 OPTIONS = {
     "resolution": (16, 24),
     "fps": None,
@@ -27,7 +32,7 @@ def test_each_video_is_a_clip_or_the_reason_why_not_in_order(tmp_path):
     write_encoded(tmp_path / "other.ts", gradient_video(8))
     names = ["long.mp4", "odd.mp4", "short.mp4", "video.dat", "text.mp4", "none.mp4", "other.ts"]
     odd_names = ["x" * 300 + ".mp4", "\ud83d.mp4", "zero\0.mp4"]
-    found = list(decode_clips(Decoding(**OPTIONS), tmp_path, names + odd_names))
+    found = list(decode_clips(Decoding(**OPTIONS), tmp_path, entries(names + odd_names)))
     assert found[0] == Filtered("long.mp4", "more than 10 frames")
     assert isinstance(found[1], Clip)
     assert found[1].fps == 8
@@ -47,7 +52,7 @@ def test_clips_are_resampled_and_cut(tmp_path):
     write_video(tmp_path / "a.mp4", gradient_video(8), fps=8)
     write_video(tmp_path / "b.mp4", gradient_video(3), fps=8)
     options = OPTIONS | {"fps": 16.0, "n_frames": 12}
-    cut, short = decode_clips(Decoding(**options), tmp_path, ["a.mp4", "b.mp4"])
+    cut, short = decode_clips(Decoding(**options), tmp_path, entries(["a.mp4", "b.mp4"]))
     assert (len(cut.frames_THWC), cut.fps) == (12, 16)
     # It is cut, so that it is not too long; and at twice the rate every frame is shown twice.
     assert short == Filtered("b.mp4", "6 frames, expected at least 12")
@@ -56,12 +61,14 @@ def test_clips_are_resampled_and_cut(tmp_path):
 def test_frames_are_counted_at_the_rate_of_the_dataset_and_not_of_what_is_cut(tmp_path):
     write_video(tmp_path / "a.mp4", gradient_video(36), fps=24)
     options = OPTIONS | {"fps": 8.0, "max_frames": 12}
-    (whole,) = decode_clips(Decoding(**options), tmp_path, ["a.mp4"])
+    (whole,) = decode_clips(Decoding(**options), tmp_path, entries(["a.mp4"]))
     assert len(whole.frames_THWC) == 12
-    (too_long,) = decode_clips(Decoding(**(options | {"max_frames": 11})), tmp_path, ["a.mp4"])
+    (too_long,) = decode_clips(
+        Decoding(**(options | {"max_frames": 11})), tmp_path, entries(["a.mp4"])
+    )
     assert too_long == Filtered("a.mp4", "more than 11 frames")
     (cut,) = decode_clips(
-        Decoding(**(options | {"max_frames": 11, "n_frames": 8})), tmp_path, ["a.mp4"]
+        Decoding(**(options | {"max_frames": 11, "n_frames": 8})), tmp_path, entries(["a.mp4"])
     )
     assert len(cut.frames_THWC) == 8
 
@@ -73,7 +80,7 @@ def test_a_missing_end_is_told_of_what_is_cut_as_well(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     (failed,) = decode_clips(
-        Decoding(**(OPTIONS | {"fps": 8.0, "n_frames": 4})), tmp_path, ["a.mkv"]
+        Decoding(**(OPTIONS | {"fps": 8.0, "n_frames": 4})), tmp_path, entries(["a.mkv"])
     )
     assert isinstance(failed, Failed)
     assert failed.reason.startswith("truncated: ")
