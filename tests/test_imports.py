@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "opensora_jax"
 
 BASE = {"process", "mesh", "rngs", "files", "hardware", "runtime", "lock", "peers", "windows"}
 LIBRARY = {"models", "diffusion", "data", "convert", "metrics"}
-COMMANDS = {"main", "sample", "bench", "plan"}
+COMMANDS = {"main", "sample", "bench", "plan", "inspect_data"}
 # Every module and folder of the package, and the others that it may import.
 ROOMS: dict[str, set[str]] = {
     "process": set(),

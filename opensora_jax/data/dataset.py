@@ -115,10 +115,15 @@ class LatentDataset:
     @property
     def window_latents(self) -> int:
         """Latent frames that were encoded together; 1 where metadata.json says nothing of it."""
-        if "window" not in self.metadata:
-            return 1
-        windows = _windows(self.metadata)
-        return windows.latents(windows.frames)
+        return self.windows.latents(self.windows.frames)
+
+    @property
+    def windows(self) -> Windows:
+        """How videos were encoded; of one latent each where metadata.json says nothing of it."""
+        if "window" in self.metadata:
+            return _windows(self.metadata)
+        stride = self.metadata["downsample"][0]
+        return Windows(stride, False, stride)
 
     @property
     def latent_frames(self) -> np.ndarray:

@@ -62,6 +62,25 @@ def line_chart(
         return _svg(figure)
 
 
+def histogram(
+    values: Sequence[float], *, x_label: str, size: tuple[float, float], name: str
+) -> str:
+    """An `<svg>` element: how many of the values, at least one, lie where; else as `line_chart`."""
+    values = np.asarray(values, np.float64)
+    low, high = values.min(), values.max()
+    # Whole numbers, where there are few, have a bar each.
+    is_whole = bool((values == values.round()).all()) and high - low < 40
+    edges = np.arange(low - 0.5, high + 1) if is_whole else np.linspace(low, max(high, low + 1), 31)
+    counts, _ = np.histogram(values, edges)
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        axes.stairs(counts, edges, fill=True, color=COLORS[0])
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        _finish(axes, x_label)
+        return _svg(figure)
+
+
 def usage_chart(counts: np.ndarray, *, size: tuple[float, float], name: str) -> str:
     """An `<svg>` element: how often each code is used, (n_codes,) counts, most used code first.
 

@@ -5,6 +5,8 @@ escaped there, but for the SVG that `charts` draws.
 """
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import jinja2
 from etils import epath
@@ -32,8 +34,13 @@ def write(config: ConfigDict, workdir: epath.PathLike) -> None:
       FileNotFoundError: no workdir.
       ValueError: a file of a stage is not JSON.
     """
-    page = _TEMPLATES.get_template("page.html").render(sections.gather(config, workdir))
     path = epath.Path(workdir) / "report.html"
+    render(path, "page.html", sections.gather(config, workdir))
+    logger.info("report: %s (%.1f MB)", path, path.stat().length / 1e6)
+
+
+def render(path: epath.PathLike, template: str, values: Mapping[str, Any]) -> None:
+    """Writes the page that a template makes of plain text and figures."""
+    page = _TEMPLATES.get_template(template).render(values)
     # Names of files that are not UTF-8 hold surrogates, which UTF-8 cannot.
     files.write_text(path, page.encode("utf-8", "backslashreplace").decode())
-    logger.info("report: %s (%.1f MB)", path, path.stat().length / 1e6)
