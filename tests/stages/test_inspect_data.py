@@ -48,7 +48,7 @@ def test_the_page_shows_what_is_in_the_dataset(world, tmp_path, capsys):
         "5 distinct captions",
         "1 filtered: more than N frames",
         "1 filtered: N frames expected at least N",
-        "1 failed: truncated",
+        "1 failed: no such file",
         "16 x 16 pixels",
         "whole.mp4",
         "a blue square moves left",
