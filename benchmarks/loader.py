@@ -2,10 +2,10 @@
 
     python benchmarks/loader.py --workdir=runs/loader
 
-Makes a dataset of random codes of 16 x 32 x 32 and text features of 32 x 512, and reads batches of 32:
-by `data.pipeline.latents`, as a training does; row by row by `LatentDataset`; and by Hugging Face
-`datasets`, with numpy and with Python lists. Everything in one process that may use one core; the
-files are in the page cache.
+Makes a dataset of random codes of 16 x 32 x 32 and text features of 32 x 512, and reads batches of
+32: by `data.pipeline.latents`, as a training does; row by row by `LatentDataset`; and by Hugging
+Face `datasets`, with numpy and with Python lists. Everything in one process that may use one core;
+the files are in the page cache.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python benchmarks/preprocess.py --workdir=runs/preprocess
 
 Makes videos of 10 seconds, 320 x 240 at 24 frames a second (H.264), and encodes them at 64 x 64, 8
-frames a second, in five ways, in turns: a plain loop (read the whole video at its own size and rate,
-choose frames, resize, encode its windows, append); decoding alone and encoding alone, as
-preprocessing does them; and both engines. Once with a fast encoder and once with a slow one. Both
-have random weights. Figures are medians; compare them within a table.
+frames a second, in turns: by a plain loop (read the whole video at its own size and rate, choose
+frames, resize, encode its windows, append); decoding alone and encoding alone, as preprocessing
+does them; and by the engines. Once with a fast encoder and once with a slow one, both of random
+weights. Figures are medians; compare them within a table.
 """
 
 import argparse

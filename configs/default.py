@@ -128,6 +128,10 @@ def get_config() -> ConfigDict:
     # Each row with all its columns, for others to read part by part: codes and features are stored
     # as often as there are captions.
     c.preprocess.flat = False
+    # What a video has to show at least, else it is filtered; 0: anything.
+    c.preprocess.min_side = 0  # pixels of the file's shorter side
+    c.preprocess.min_motion = 0.0  # by which pixels differ from frame to frame, of 255
+    c.preprocess.min_brightness = 0.0  # of pixels in the brightest frame, of 255
     c.preprocess.strict = False  # one video that cannot be used ends it, instead of being left out
 
     # The DiT and its training.

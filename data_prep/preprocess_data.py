@@ -86,6 +86,25 @@ def main() -> None:
         help="each row with all its columns, as datasets.load_from_disk reads a part: codes and "
         "features are stored as often as there are captions",
     )
+    add("--min_side", type=int, default=0, help="leave out videos with a shorter side, in pixels")
+    add(
+        "--min_motion",
+        type=float,
+        default=0,
+        help="leave out videos whose pixels differ less from frame to frame, of 255; 0.5 leaves "
+        "out what stands still",
+    )
+    add(
+        "--min_brightness",
+        type=float,
+        default=0,
+        help="leave out videos whose brightest frame is darker, of 255",
+    )
+    add(
+        "--dry_run",
+        action="store_true",
+        help="only say what would become of the videos, in OUTPUT/dry_run.json",
+    )
     add("--file_column", default="file", help="of a table: the column of file names")
     add("--caption_column", default="captions", help="of a table: the column of captions")
     add(

@@ -194,6 +194,9 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "videos_per_part": at_least(1),
         "flat": true_or_false,
         "strict": true_or_false,
+        "min_side": at_least(0),
+        "min_motion": not_negative,
+        "min_brightness": not_negative,
     },
     "dit": _TRAINING
     | {

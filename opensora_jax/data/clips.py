@@ -1,6 +1,7 @@
 """Decodes videos as they go into a dataset, by threads, a few ahead of whoever takes them."""
 
 import functools
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,10 @@ class Decoding:
       n_frames: cut every video to this many frames, and filter shorter ones. None keeps all frames
         but for a rest that does not fit.
       windows: which lengths fit.
+      min_side: pixels of the file's shorter side; smaller ones are filtered.
+      min_motion: by which pixels differ on average from one frame to the next, of 255; what moves
+        less is filtered. Of one frame there is none to tell.
+      min_brightness: of pixels on average in the brightest frame, of 255; darker ones are filtered.
     """
 
     resolution: tuple[int, int]
@@ -60,6 +65,9 @@ class Decoding:
     max_frames: int | None
     n_frames: int | None
     windows: Windows
+    min_side: int = 0
+    min_motion: float = 0.0
+    min_brightness: float = 0.0
 
     def __call__(self, folder: epath.PathLike, entry: dict[str, Any]) -> Clip | LeftOut:
         """What becomes of an entry of `read_captions`.
@@ -95,8 +103,29 @@ class Decoding:
         needed = self.n_frames or self.windows.least
         if len(frames_THWC) < needed:
             return Filtered(name, f"{len(frames_THWC)} frames, expected at least {needed}")
-        n_frames = self.windows.fit(len(frames_THWC))
-        return Clip(frames_THWC[:n_frames], self.fps or info.fps)
+        frames_THWC = frames_THWC[: self.windows.fit(len(frames_THWC))]
+        reason = self._why_filtered(frames_THWC, info)
+        return Filtered(name, reason) if reason else Clip(frames_THWC, self.fps or info.fps)
+
+    def _why_filtered(self, frames_THWC: np.ndarray, info: video_io.VideoInfo) -> str | None:
+        if min(info.height, info.width) < self.min_side:
+            size = f"{info.width} x {info.height} pixels"
+            return f"{size}, expected a side of at least {self.min_side}"
+        if self.min_brightness:
+            brightest = max(frame.mean() for frame in frames_THWC)
+            if brightest < self.min_brightness:
+                return f"dark: {brightest:.2f} of 255, expected at least {self.min_brightness:g}"
+        if self.min_motion and len(frames_THWC) > 1:
+            moved = motion(frames_THWC)
+            if moved < self.min_motion:
+                return f"still: moves by {moved:.2f} of 255, expected at least {self.min_motion:g}"
+        return None
+
+
+def motion(frames_THWC: np.ndarray) -> float:
+    """By how much pixels differ on average from one frame to the next, of 255; 0 of one frame."""
+    pairs = itertools.pairwise(frames_THWC.astype(np.int16))
+    return float(np.mean([abs(b - a).mean() for a, b in pairs] or [0.0]))
 
 
 def _expect_inside(folder: epath.Path, name: str) -> None:

@@ -16,6 +16,10 @@ from opensora_jax.windows import Windows
 PART_BYTES = 2**26
 
 
+# Of settings, what videos have to show at least to be kept.
+FILTERS = ("min_side", "min_motion", "min_brightness")
+
+
 class PreprocessError(ValueError):
     """The arguments do not fit each other, or the output folder."""
 
@@ -47,8 +51,8 @@ class Job:
 
     @property
     def decoding(self) -> Decoding:
-        keys = ("fps", "max_frames", "n_frames")
-        sizes = {key: self.settings[key] for key in keys}
+        keys = ("fps", "max_frames", "n_frames", *FILTERS)
+        sizes = {key: self.settings[key] for key in keys if key in self.settings}
         return Decoding(tuple(self.settings["resolution"]), **sizes, windows=self.windows)
 
 

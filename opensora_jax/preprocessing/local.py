@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from opensora_jax.data import dataset_writer, parts
+from opensora_jax.data import clips, dataset_writer, parts
 from opensora_jax.data.clips import Clip, decode_clips
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import WindowEncoder
@@ -65,6 +66,21 @@ def encode(job: jobs.Job) -> jobs.Made:
             )
             records.append(record)
     return jobs.Made(records)
+
+
+def look(job: jobs.Job) -> dict[str, Any]:
+    """What would become of the videos, without encoding any: the record of all and, of those that
+    would be kept, seconds and motion."""
+    left_out, seconds, motion = [], [], []
+    decoded = decode_clips(job.decoding, job.videos, job.entries)
+    for clip in tqdm(decoded, total=len(job.entries), unit="video"):
+        if isinstance(clip, Clip):
+            seconds.append(round(len(clip.frames_THWC) / clip.fps, 3))
+            motion.append(round(clips.motion(clip.frames_THWC), 3))
+        else:
+            left_out.append(clip)
+            jobs.expect_none_failed(job, clip)
+    return jobs.record_of(len(seconds), left_out) | {"seconds": seconds, "motion": motion}
 
 
 class _CaptionFeatures:

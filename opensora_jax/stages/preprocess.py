@@ -5,10 +5,8 @@ on, and written. Legend: T frames, H, W pixels; t, h, w codes; S tokens, D featu
 """
 
 import functools
-import hashlib
 import importlib.util
 import os
-import shlex
 from pathlib import Path
 
 import jax
@@ -24,10 +22,12 @@ from opensora_jax.inference.text_encoder import check_text_model
 from opensora_jax.inference.tiles import Tiles
 from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer
 from opensora_jax.preprocessing import local
-from opensora_jax.preprocessing.job import Job, PreprocessError
+from opensora_jax.preprocessing.job import FILTERS, Job, PreprocessError
+from opensora_jax.preprocessing.provenance import command, location, sha256, text_model_identity
 from opensora_jax.windows import WindowError, Windows
 
 ENGINES = ("local", "ray")
+DRY_RUN = "dry_run.json"
 
 _MOST_NAMES = 50  # of left-out videos on the screen; metadata.json names all
 _LONGEST_NAME = 255  # characters of each
@@ -74,6 +74,7 @@ def run(config, workdir: str | os.PathLike) -> None:
             flat=options.get("flat", False),
             columns=columns,
             strict=strict,
+            **{name: options.get(name, 0) for name in FILTERS},
         )
 
 
@@ -95,6 +96,10 @@ def preprocess(
     flat: bool = False,
     columns: tuple[str, str] = COLUMNS,
     strict: bool = False,
+    min_side: int = 0,
+    min_motion: float = 0.0,
+    min_brightness: float = 0.0,
+    dry_run: bool = False,
     engine: str = "local",
     ray_address: str | None = None,
 ) -> None:
@@ -127,6 +132,9 @@ def preprocess(
         features are stored as often as there are captions.
       columns: of captions in a table: the names of the column of files and of that of captions.
       strict: whether one entry or video that cannot be used ends it, instead of being left out.
+      min_side, min_motion, min_brightness: what a video has to show to be kept, as `Decoding` says.
+      dry_run: videos are looked at, and what would become of them is written into
+        `output`/dry_run.json; nothing is encoded.
       engine: `local`: this machine alone; `ray`: a cluster of them.
       ray_address: of the cluster; None: one of this machine alone, for as long as this lasts.
 
@@ -135,7 +143,7 @@ def preprocess(
         before any video is read. Likewise what loading the VQ-VAE and the text model raises.
       PreprocessError: in the end, not one video could be kept.
     """
-    _check_engine(engine, ray_address, flat)
+    _check_engine(engine, ray_address, flat, dry_run)
     _check_output(output, engine)
     if engine == "ray":
         # What accelerators there are is for Ray's workers; this process only tells them what to do.
@@ -155,10 +163,12 @@ def preprocess(
     expect_a_video(entries, videos)
     model = load_tokenizer(vqvae)
     window = window or model.n_frames
+    least = (min_side, min_motion, min_brightness)
+    filters = dict(zip(FILTERS, least, strict=True))
     settings = {
-        "captions_sha256": _sha256(captions),
+        "captions_sha256": sha256(captions),
         "vqvae_fingerprint": fingerprint(model),
-        "text_model": _text_model_identity(text_model),
+        "text_model": text_model_identity(text_model),
         "resolution": [resolution] * 2 if isinstance(resolution, int) else list(resolution),
         "fps": fps,
         "max_frames": max_frames,
@@ -169,6 +179,7 @@ def preprocess(
         **({"flat": True} if flat else {}),
         **({"tile": tile} if tile else {}),
         **({"columns": list(columns)} if tuple(columns) != COLUMNS else {}),
+        **{name: value for name, value in filters.items() if value},
     }
     windows = _windows(settings, model)
     if _is_done(output, settings, engine):
@@ -180,10 +191,10 @@ def preprocess(
     metadata = {
         "complete": False,
         "engine": engine,
-        "command": _command(captions, videos, output, vqvae, text_model, settings, engine, strict),
+        "command": command(captions, videos, output, vqvae, text_model, settings, engine, strict),
         "vqvae": str(files.absolute(vqvae)),
         "vqvae_fingerprint": settings["vqvae_fingerprint"],
-        "text_model": _location(text_model),
+        "text_model": location(text_model),
         "resolution": settings["resolution"],
         "downsample": list(model.downsample),
         "window": settings["window"],
@@ -198,7 +209,8 @@ def preprocess(
         raise PreprocessError(f"output={output}: cannot be written: {error.strerror}") from error
     with lock.exclusive(output):
         try:
-            dataset_writer.write_metadata(output, metadata)
+            if not dry_run:
+                dataset_writer.write_metadata(output, metadata)
         except OSError as error:
             message = f"output={output}: cannot be written: {error.strerror}"
             raise PreprocessError(message) from error
@@ -214,7 +226,9 @@ def preprocess(
             batch_size=batch_size,
             strict=strict,
         )
-        if engine == "ray":
+        if dry_run:
+            _finish_dry_run(job, local.look(job))
+        elif engine == "ray":
             from opensora_jax.preprocessing import cluster  # the extra `ray`
 
             cluster.run(job, ray_address, functools.partial(_finish, job, metadata))
@@ -225,13 +239,15 @@ def preprocess(
 # -------------------------------------------------------------------- settings and the summary
 
 
-def _check_engine(engine, ray_address, flat):
+def _check_engine(engine, ray_address, flat, dry_run):
     if engine not in ENGINES:
         raise PreprocessError(f"engine={engine}: expected one of {', '.join(ENGINES)}")
     if engine == "local" and ray_address:
         raise PreprocessError(f"ray_address={ray_address}: expected engine=ray with it")
     if engine == "ray" and flat:
         raise PreprocessError("flat=True: expected engine=local: Ray stores everything once")
+    if engine == "ray" and dry_run:
+        raise PreprocessError("dry_run=True: expected engine=local")
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise PreprocessError("engine=ray: Ray is not installed: pip install 'opensora_jax[ray]'")
 
@@ -305,43 +321,13 @@ def _is_done(output, settings, engine):
     return complete
 
 
-def _sha256(path):
-    if epath.Path(path).is_dir():  # of captions beside videos: by names and sizes
-        found = [f"{p.relative_to(path)} {p.stat().length}" for p in files.walk(path)]
-        return hashlib.sha256("\n".join(found).encode(errors="surrogateescape")).hexdigest()[:16]
-    with epath.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def _text_model_identity(text_model):
-    """A name on the hub stands for itself; a folder, which may be moved, for what is in it."""
-    folder = Path(text_model)
-    if not folder.is_dir():
-        return str(text_model)
-    paths = (path for path in sorted(folder.iterdir()) if path.is_file())
-    contents = " ".join(f"{path.name} {_sha256(path)}" for path in paths)
-    return hashlib.sha256(contents.encode()).hexdigest()[:16]
-
-
-def _location(name_or_folder):
-    folder = Path(name_or_folder)
-    return str(folder.absolute() if folder.is_dir() else name_or_folder)
-
-
-def _command(captions, videos, output, vqvae, text_model, settings, engine, strict):
-    """The command line that goes on with this dataset."""
-    words = ["python", "data_prep/preprocess_data.py", "-c", captions, "-v", videos, "-o", output]
-    words += ["--vqvae", vqvae, "--text_model", text_model, "--resolution", *settings["resolution"]]
-    for key in ("fps", "max_frames", "n_frames", "window", "videos_per_part"):
-        words += [f"--{key}", settings[key] or 0]
-    words += ["--flat"] if "flat" in settings else []
-    words += ["--tile", settings["tile"]] if "tile" in settings else []
-    if "columns" in settings:
-        file_column, caption_column = settings["columns"]
-        words += ["--file_column", file_column, "--caption_column", caption_column]
-    words += ["--strict"] if strict else []
-    words += ["--engine", engine] if engine != "local" else []
-    return shlex.join(map(str, words))
+def _finish_dry_run(job, found):
+    files.write_json(job.output / DRY_RUN, found)
+    for kind in ("filtered", "failed"):
+        _tell(kind, found[kind])
+    hours = sum(found["seconds"]) / 3600
+    print(f"preprocess: {found['kept']} videos, {hours:.2f} hours, would be kept: ", end="")
+    print(job.output / DRY_RUN)
 
 
 def _finish(job, metadata, made):
@@ -360,13 +346,18 @@ def _finish(job, metadata, made):
         )
         print(f"preprocess: {output}: {n_rows} rows of {counts['kept']} videos")
     for kind in ("filtered", "failed"):
-        print(f"preprocess: {counts[kind]} videos {kind}")
-        for video in metadata[kind][:_MOST_NAMES]:
-            file = video["file"]
-            file = file if len(file) <= _LONGEST_NAME else files.short(file)
-            # A file name need not be text.
-            print(f"  {file}: {video['reason']}".encode(errors="backslashreplace").decode())
-        if counts[kind] > _MOST_NAMES:
-            print(f"  ... and {counts[kind] - _MOST_NAMES} more: see metadata.json")
+        _tell(kind, metadata[kind])
     if not counts["kept"]:
         raise PreprocessError(f"{output}: not one video could be kept: remove it to try again")
+
+
+def _tell(kind, videos):
+    """Names those that were left out."""
+    print(f"preprocess: {len(videos)} videos {kind}")
+    for video in videos[:_MOST_NAMES]:
+        file = video["file"]
+        file = file if len(file) <= _LONGEST_NAME else files.short(file)
+        # A file name need not be text.
+        print(f"  {file}: {video['reason']}".encode(errors="backslashreplace").decode())
+    if len(videos) > _MOST_NAMES:
+        print(f"  ... and {len(videos) - _MOST_NAMES} more: see the file that names all")

@@ -1,11 +1,20 @@
 """Decoding for a dataset: each video becomes a clip, or the reason why it is left out."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from videos import gradient_video, write_encoded
+from videos import gradient_video, write_encoded, write_lossless
 
-from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, decode_clips, map_ahead
+from opensora_jax.data.clips import (
+    Clip,
+    Decoding,
+    Failed,
+    Filtered,
+    decode_clips,
+    map_ahead,
+    motion,
+)
 from opensora_jax.data.video_io import read_video, write_video
 from opensora_jax.windows import Windows
 
@@ -98,3 +107,34 @@ def test_work_is_begun_ahead_in_order_but_not_without_bound():
             assert result == -i
             assert len(started) <= i + 4
     assert len(started) == 20
+
+
+def test_what_shows_too_little_is_filtered_with_the_figures(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (8, 48, 64, 3), np.uint8)
+    videos = {
+        "noise.mkv": noise,
+        "still.mkv": np.repeat(noise[:1], 8, axis=0),
+        "dark.mkv": noise // 32,
+        "small.mkv": noise[:, :32, :40],
+    }
+    for name, frames in videos.items():
+        write_lossless(tmp_path / name, frames)
+    least = {"min_side": 40, "min_motion": 0.5, "min_brightness": 16.0}
+    names = entries(videos)
+    kept, still, dark, small = decode_clips(Decoding(**OPTIONS, **least), tmp_path, names)
+    assert isinstance(kept, Clip)
+    assert still == Filtered("still.mkv", "still: moves by 0.00 of 255, expected at least 0.5")
+    assert re.fullmatch(r"dark: 3\.\d\d of 255, expected at least 16", dark.reason)
+    assert small == Filtered("small.mkv", "40 x 32 pixels, expected a side of at least 40")
+    for name, one in least.items():
+        found = decode_clips(Decoding(**OPTIONS, **{name: one}), tmp_path, names)
+        assert sum(isinstance(clip, Filtered) for clip in found) == 1
+    assert all(isinstance(x, Clip) for x in decode_clips(Decoding(**OPTIONS), tmp_path, names))
+
+
+def test_motion_is_the_mean_change_of_pixels():
+    frames = np.zeros((3, 2, 2, 3), np.uint8)
+    frames[1], frames[2, 0] = 10, 250
+    assert motion(frames) == (10 + (240 + 10) / 2) / 2
+    assert motion(frames[:1]) == 0

@@ -197,6 +197,56 @@ def test_names_that_are_no_files_are_bad_entries(world, tmp_path, capsys):
     assert max(map(len, printed.splitlines())) < 400
 
 
+def test_a_dry_run_says_what_would_become_of_the_videos(world, tmp_path, capsys):
+    run_on(world, tmp_path / "out", dry_run=True)
+    found = json.loads((tmp_path / "out" / "dry_run.json").read_text())
+    assert found["kept"] == 3
+    assert found["seconds"] == pytest.approx([1.0, 3.5, 1.0], abs=0.05)
+    assert all(m > 0 for m in found["motion"])
+    assert [v["file"] for v in found["filtered"]] == ["too_long.mp4", "too_short.mp4"]
+    assert [v["file"] for v in found["failed"]] == ["truncated.mp4", "missing.mp4", "text.mp4"]
+    assert "3 videos, 0.00 hours, would be kept" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "metadata.json").exists()
+    run_on(world, tmp_path / "out", min_motion=100.0, dry_run=True)
+    assert "still: moves by" in capsys.readouterr().out
+    run_on(world, tmp_path / "out")  # and then for real, in the same folder
+    assert len(dataset.open_dataset(tmp_path / "out")) == 6
+
+
+def test_what_cannot_be_used_is_counted_or_with_strict_an_error(world, tmp_path):
+    entries = [
+        {"file": "whole.mp4", "captions": ["a red circle"]},
+        {"file": "long.mp4", "captions": [7]},
+        {"file": "odd.gif"},
+        {"file": "../odd.gif", "captions": ["out"]},
+        {"file": "whole.mp4", "captions": ["again"]},
+        {"file": "text.mp4", "captions": ["no video"]},
+    ]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(entries))
+    run_on(world, tmp_path / "out", captions=path)
+    metadata = dataset.read_metadata(tmp_path / "out")
+    assert metadata["counts"] == {"kept": 1, "filtered": 0, "failed": 5}
+    for entry, reason in zip(
+        metadata["failed"],
+        (
+            "captions[0]=7",
+            "no 'captions'",
+            "file='../odd.gif'",
+            "is already at entry 0",
+            "cannot be",
+        ),
+        strict=True,
+    ):
+        assert reason in entry["reason"]
+    with pytest.raises(CaptionsError, match=r"entry 1: captions\[0\]=7"):
+        run_on(world, tmp_path / "strict", captions=path, strict=True)
+    path.write_text(json.dumps([entries[0], entries[5]]))
+    with pytest.raises(PreprocessError, match=r"text\.mp4': cannot be read.*strict"):
+        run_on(world, tmp_path / "strict", captions=path, strict=True)
+    assert not dataset.read_metadata(tmp_path / "strict")["complete"]
+
+
 def test_not_one_usable_video_is_an_error(world, tmp_path, capsys):
     captions = write_captions(tmp_path / "captions.json", {"truncated.mp4": ["a"]})
     with pytest.raises(PreprocessError, match="not one video could be kept"):
