@@ -15,12 +15,14 @@ import importlib.util
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.append(sys.path.pop(0))  # this folder last: it has a tokenizers.py
 # PyTorch needs its share of a GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

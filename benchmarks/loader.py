@@ -22,7 +22,7 @@ import numpy as np
 import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # in the place of this folder, which has a tokenizers.py
 
 from opensora_jax.data import dataset_writer, joined, pipeline  # noqa: E402
 from opensora_jax.data.dataset import open_dataset  # noqa: E402

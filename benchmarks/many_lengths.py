@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # in the place of this folder, which has a tokenizers.py
 
 from opensora_jax import files  # noqa: E402
 from opensora_jax.data import moving_shapes, video_io  # noqa: E402

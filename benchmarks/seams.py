@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # in the place of this folder, which has a tokenizers.py
 
 from opensora_jax.data import video_io  # noqa: E402
 from opensora_jax.inference.tokenizer import WindowEncoder, decode, load_tokenizer  # noqa: E402

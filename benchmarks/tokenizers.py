@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # in the place of this folder, which has a tokenizers.py
 
 from configs import quickstart  # noqa: E402
 from opensora_jax import files  # noqa: E402
