@@ -192,9 +192,15 @@ def get_config() -> ConfigDict:
 
     # Samples drawn during training, for the report and by opensora_jax.sample by default.
     c.sample = ConfigDict()
-    c.sample.steps = 50  # of Euler's method; with ddpm, of DDIM
+    c.sample.steps = 50  # of the sampler
+    # With flow euler, heun (two calls of the network a step) or dpm++ (second order with one); with
+    # ddpm ddim, ancestral (DiT's, which draws noise in each step) or dpm++; auto: the first.
+    c.sample.sampler = "auto"
+    c.sample.eta = 0.0  # of ddim: share of the noise that each step draws anew
     c.sample.guidance = 4.0  # scale of classifier-free guidance; 1: off
-    c.sample.ancestral = False  # of ddpm: DiT's sampler, which draws noise in each step, not DDIM
+    c.sample.guidance_from = 0.0  # noise levels between which there is guidance: 0 is the data,
+    c.sample.guidance_to = 1.0  # 1 the noise
+    c.sample.guidance_rescale = 0.0  # share to which guided outputs keep the others' deviation
     c.sample.prompts = ()  # drawn while training; empty: captions of the validation videos
 
     # Grading of samples on moving shapes (needs the shapes stage).

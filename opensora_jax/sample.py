@@ -16,7 +16,15 @@ from etils import epath
 from opensora_jax import cli, files
 
 # Those of configs/default.py, for models whose checkpoints say nothing of `config.sample`.
-DEFAULTS = {"steps": 50, "guidance": 4.0, "ancestral": False}
+DEFAULTS = {
+    "steps": 50,
+    "sampler": "auto",
+    "eta": 0.0,
+    "guidance": 4.0,
+    "guidance_from": 0.0,
+    "guidance_to": 1.0,
+    "guidance_rescale": 0.0,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from opensora_jax import runtime
     from opensora_jax.data import video_io
+    from opensora_jax.diffusion.samplers import Sampling
     from opensora_jax.inference.generator import Generator
 
     runtime.start()
@@ -39,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     videos = generator.sample(
         prompts,
         params=generator.restore(folder, best=args.best),
-        **_settings(args, folder),
+        sampling=Sampling(**_settings(args, folder)),
         seed=args.seed,
         grid=generator.latent_grid(args.frames, args.height, args.width),
         batch_size=args.batch_size,
@@ -116,6 +125,8 @@ def _settings(args: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
     from opensora_jax.checkpoint import manager as checkpoint
 
     trained = {**DEFAULTS, **checkpoint.read_config(folder).get("sample", {})}
+    if trained.get("ancestral"):  # as it was called before there were more samplers
+        trained["sampler"] = "ancestral"
     given = {name: getattr(args, name) for name in DEFAULTS}
     return {name: trained[name] if value is None else value for name, value in given.items()}
 
@@ -139,9 +150,30 @@ def _parser() -> argparse.ArgumentParser:
         help=f"guidance scale; 1 is off {_trained('guidance')}",
     )
     add(
-        "--ancestral",
-        action=argparse.BooleanOptionalAction,
-        help=f"draw noise in each step; of ddpm models only {_trained('ancestral')}",
+        "--guidance_from",
+        type=cli.number(float, 0, 1),
+        help=f"noise level from which on there is guidance, 0: data {_trained('guidance_from')}",
+    )
+    add(
+        "--guidance_to",
+        type=cli.number(float, 0, 1),
+        help=f"and up to which, 1: noise {_trained('guidance_to')}",
+    )
+    add(
+        "--guidance_rescale",
+        type=cli.number(float, 0, 1),
+        help="share to which guided outputs keep the others' deviation "
+        f"{_trained('guidance_rescale')}",
+    )
+    add(
+        "--sampler",
+        help="euler, heun or dpm++; of ddpm models ddim, ancestral or dpm++; auto: the first "
+        f"{_trained('sampler')}",
+    )
+    add(
+        "--eta",
+        type=cli.number(float, 0, 1),
+        help=f"of ddim: share of the noise that each step draws anew {_trained('eta')}",
     )
     seed_help = "of the noise; the same seed gives the same bytes"
     add("--seed", type=cli.number(int, 0, 2**32 - 1), default=1, help=seed_help)

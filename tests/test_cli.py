@@ -64,18 +64,18 @@ def test_a_reader_that_goes_away_is_no_traceback():
 def test_arguments_and_fields_in_any_order_and_both_forms():
     args, config = parse(
         *("--config.dit.steps=3", "--workdir", "runs/a", "--config.mesh.data", "-1"),
-        *(QUICKSTART, "--config.sample.ancestral", "--config.vqvae.downsample=(1, 2, 4)"),
+        *(QUICKSTART, "--config.preprocess.flat", "--config.vqvae.downsample=(1, 2, 4)"),
         *("--config.data.videos", "a folder", "--steps=2", "--config.stages=dit"),
     )
     assert (args.workdir, args.steps) == ("runs/a", 2)
     assert args.config == QUICKSTART.removeprefix("--config=")
-    assert (config.dit.steps, config.mesh.data, config.sample.ancestral) == (3, -1, True)
+    assert (config.dit.steps, config.mesh.data, config.preprocess.flat) == (3, -1, True)
     assert (config.vqvae.downsample, config.data.videos) == ((1, 2, 4), "a folder")
     assert config.stages == ("dit",)
     assert config.is_locked
     # Nothing stays from one command line to the next.
     assert parse(QUICKSTART)[1].dit.steps > 3
-    assert parse(QUICKSTART, "--noconfig.sample.ancestral")[1].sample.ancestral is False
+    assert parse(QUICKSTART, "--noconfig.preprocess.flat")[1].preprocess.flat is False
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,13 @@ def test_numbers_are_finite_of_the_right_type_and_not_negative(name):
         ("dit.text_mode", "concat", "one of cross_attention, in_context"),
         ("dit.objective", "edm", "one of flow, ddpm"),
         ("dit.prediction", "noise", "one of auto, velocity, data"),
-        ("sample.ancestral", True, "False, since dit.objective is flow"),
+        (
+            "sample.sampler",
+            "ancestral",
+            "one of auto, euler, heun, dpm++, since dit.objective is flow",
+        ),
+        ("sample.eta", 0.5, "0, since it is ddim's alone"),
+        ("sample.guidance_from", 1.5, "a number from 0 to 1"),
         ("sample.prompts", ("a", " "), "texts that are not blank"),
         ("dit.remat", "some", "one of none, dots, offload, full"),
         ("dit.attention", "flash", "one of auto, xla, cudnn, splash"),
@@ -186,7 +192,7 @@ def test_there_are_as_many_phrasings_as_captions_may_be_asked_for():
     ],
 )
 def test_what_ddpm_does_not_have_is_named(name, value, expected):
-    fields = {"dit.objective": "ddpm", "sample.ancestral": True}
+    fields = {"dit.objective": "ddpm", "sample.sampler": "ancestral"}
     config_lib.check(load("default", **fields))
     message = f"config.{name}={value!r}: expected {expected}, since dit.objective is ddpm"
     assert refused(load("default", **fields, **{name: value})) == message

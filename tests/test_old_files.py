@@ -12,6 +12,7 @@ import pytest
 
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import dataset, moving_shapes
+from opensora_jax.diffusion.samplers import Sampling
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer
@@ -59,7 +60,7 @@ def test_samples_are_drawn_with_its_last_and_best_weights(workdir):
     prompts = [moving_shapes.captions(*moving_shapes.ALL[0])[0]]
     for best in (False, True):
         params = generator.restore(workdir / "dit", best=best)
-        videos = generator.sample(prompts, params=params, steps=2, guidance=2.0, seed=0)
+        videos = generator.sample(prompts, params=params, sampling=Sampling(2, 2.0), seed=0)
         assert videos.shape == (1, 4, 16, 16, 3)
 
 

@@ -18,6 +18,7 @@ from opensora_jax import cli, sample
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import video_io
+from opensora_jax.diffusion.samplers import Sampling
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.models.dit import PLAIN
@@ -67,7 +68,7 @@ def write_dit(workdir, config):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    settings = {"steps": 2, "guidance": 3.0, "ancestral": False, "prompts": []}
+    settings = {"steps": 2, "guidance": 3.0, "ancestral": False, "prompts": []}  # as it was
     return write_dit(tmp_path_factory.mktemp("run"), {"sample": settings, "seed": 0})
 
 
@@ -77,9 +78,11 @@ def settings(folder, *argv):
 
 def test_defaults_are_those_of_the_training(workdir, tmp_path):
     folder = workdir / "dit"
-    assert settings(folder) == {"steps": 2, "guidance": 3.0, "ancestral": False}
-    given = ("--steps=7", "--guidance=1.5", "--ancestral")
-    assert settings(folder, *given) == {"steps": 7, "guidance": 1.5, "ancestral": True}
+    expected = sample.DEFAULTS | {"steps": 2, "guidance": 3.0}
+    assert settings(folder) == expected
+    given = ("--steps=7", "--guidance=1.5", "--sampler=heun", "--guidance_to=0.8")
+    changes = {"steps": 7, "guidance": 1.5, "sampler": "heun", "guidance_to": 0.8}
+    assert settings(folder, *given) == expected | changes
     # And of models that say nothing of it, or have no checkpoint, of the default configuration.
     checkpoints = checkpoint.Checkpoints(tmp_path, config={"seed": 0, "dit": {"steps": 4}})
     checkpoints.save(4, {"ema": {"x": np.zeros(3)}})
@@ -87,6 +90,13 @@ def test_defaults_are_those_of_the_training(workdir, tmp_path):
     expected = default.get_config().sample.to_dict()
     expected.pop("prompts")
     assert settings(tmp_path) == settings(tmp_path / "nothing") == expected == sample.DEFAULTS
+
+
+def test_what_was_called_ancestral_is_a_sampler(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, config={"sample": {"ancestral": True}})
+    checkpoints.save(4, {"ema": {"x": np.zeros(3)}})
+    checkpoints.close()
+    assert settings(tmp_path)["sampler"] == "ancestral"
 
 
 def test_a_resumed_training_may_change_them(tmp_path):
@@ -99,7 +109,7 @@ def test_a_resumed_training_may_change_them(tmp_path):
 
 def test_a_prompt_to_a_video(workdir, tmp_path):
     videos = []
-    for name, more in (("a", []), ("b", ["--steps=2", "--guidance=3", "--no-ancestral"])):
+    for name, more in (("a", []), ("b", ["--steps=2", "--guidance=3", "--sampler=euler"])):
         output = tmp_path / f"{name}.mp4"
         sample.main([f"--workdir={workdir}", "--prompt=a red circle", f"--output={output}", *more])
         videos.append(output.read_bytes())
@@ -113,7 +123,7 @@ def on(workdir, sizes, n_devices):
     generator = Generator(DiTDescription.read(workdir / "dit"), mesh=mesh)
     params = generator.restore(workdir / "dit")
     prompts = ["a red circle", "a circle", "red"]
-    return params, generator.sample(prompts, params=params, steps=3, guidance=3.0, seed=1)
+    return params, generator.sample(prompts, params=params, sampling=Sampling(3, 3.0), seed=1)
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
@@ -154,7 +164,7 @@ def test_weights_are_in_the_dtype_of_compute(workdir):
     generator = Generator(description, task)
     params = generator.restore(workdir / "dit")
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    video = generator.sample(["red"], params=params, steps=2, guidance=3.0, seed=1)
+    video = generator.sample(["red"], params=params, sampling=Sampling(2, 3.0), seed=1)
     assert video.shape == (1, 8, 16, 16, 3)
 
 

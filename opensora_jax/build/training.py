@@ -21,6 +21,7 @@ from opensora_jax.build import networks
 from opensora_jax.convert import vgg
 from opensora_jax.diffusion import objectives
 from opensora_jax.diffusion.objectives import Objective
+from opensora_jax.diffusion.samplers import Sampling
 from opensora_jax.models import dit, flops
 from opensora_jax.models.dit import DiTConfig
 from opensora_jax.models.tokenizer import Tokenizer
@@ -109,6 +110,12 @@ def throughput(tokens_per_step: int, flops_per_step: float = 0.0) -> Throughput:
     """What a step does on all devices of this run together; FLOPs of 0 are not known."""
     peak_flops = hardware.peak_flops(jax.devices()[0].device_kind) or 0.0
     return Throughput(tokens_per_step, flops_per_step, peak_flops)
+
+
+def sampling(c: ConfigDict, **changes: Any) -> Sampling:
+    """How `config.sample` draws samples."""
+    fields = (field.name for field in dataclasses.fields(Sampling))
+    return Sampling(**{name: c[name] for name in fields} | changes)
 
 
 def recorded(config: ConfigDict, *parts: str) -> dict[str, Any]:

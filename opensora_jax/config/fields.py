@@ -126,6 +126,8 @@ _TRAINING = {
 }
 
 # Every field of a configuration; there are no others.
+_SAMPLERS = dict.fromkeys(name for kind in OBJECTIVES.values() for name in kind.samplers)
+
 RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
     "seed": at_least(0),
     "stages": stages,
@@ -223,8 +225,12 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
     "bench": {"text_width": at_least(1)},
     "sample": {
         "steps": at_least(1),
+        "sampler": one_of(("auto", *_SAMPLERS)),
+        "eta": share,
         "guidance": positive,
-        "ancestral": true_or_false,
+        "guidance_from": share,
+        "guidance_to": share,
+        "guidance_rescale": share,
         "prompts": prompts,
     },
     "fidelity": {"n_samples": at_least(1), "batch_size": at_least(1)},

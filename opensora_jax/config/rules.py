@@ -14,6 +14,7 @@ from opensora_jax.build import networks
 from opensora_jax.config.fields import RULES
 from opensora_jax.config.stages import STAGES
 from opensora_jax.diffusion import ddpm
+from opensora_jax.diffusion.objectives import OBJECTIVES
 from opensora_jax.models import attention
 from opensora_jax.windows import WindowError, Windows
 
@@ -107,8 +108,14 @@ def _check_models(c: ConfigDict) -> None:
             raise_invalid(c, "dit.time_shift", f"auto or 1, {since}")
         if c.sample.steps > ddpm.N_STEPS:
             raise_invalid(c, "sample.steps", f"at most {ddpm.N_STEPS}, {since}")
-    elif c.sample.ancestral:
-        raise_invalid(c, "sample.ancestral", f"False, {since}")
+    known = ("auto", *OBJECTIVES[c.dit.objective].samplers)
+    if c.sample.sampler not in known:
+        raise_invalid(c, "sample.sampler", f"one of {', '.join(known)}, {since}")
+    if c.sample.eta and (c.dit.objective != "ddpm" or c.sample.sampler not in ("auto", "ddim")):
+        raise_invalid(c, "sample.eta", "0, since it is ddim's alone")
+    if c.sample.guidance_to < c.sample.guidance_from:
+        least = c.sample.guidance_from
+        raise_invalid(c, "sample.guidance_to", f"at least sample.guidance_from={least}")
 
 
 def _check_stages(c: ConfigDict) -> None:

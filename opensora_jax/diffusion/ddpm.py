@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opensora_jax.diffusion import samplers
+
 # (x (B, ..., C), step (B,) int32) -> (B, ..., 2 C): the noise, then where the log variance lies.
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -150,16 +152,48 @@ def _normal_cdf(x):
     return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def ddim(schedule: Schedule, denoise: Denoiser, noise: jax.Array) -> jax.Array:
-    """x_0 from noise without drawing any more (DDIM with eta 0, Song et al., arXiv:2010.02502)."""
+def ddim(
+    schedule: Schedule,
+    denoise: Denoiser,
+    noise: jax.Array,
+    eta: float = 0.0,
+    draw: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """x_0 from noise (Song et al., arXiv:2010.02502, equations 12 and 16).
 
-    def step(x_t, at):
+    Args:
+      eta: share of the noise of a step that is drawn anew; 0: none, 1: as DDPM with the smaller
+        variance.
+      draw: as in `ancestral`, for an eta above 0.
+    """
+
+    def step(x_t, at_t):
+        at, t = at_t
         output = denoise(x_t, jnp.broadcast_to(at.step, x_t.shape[:1]))
         predicted, _ = jnp.split(output, 2, axis=-1)
         x_0 = to_data(at, x_t, predicted)
-        return at.signal_before * x_0 + at.noise_before * predicted, None
+        if not eta:
+            return at.signal_before * x_0 + at.noise_before * predicted, None
+        kept = at.signal / at.signal_before
+        new = eta * at.noise_before / at.noise * jnp.sqrt(1 - kept**2)
+        old = jnp.sqrt(jnp.maximum(at.noise_before**2 - new**2, 0))
+        return at.signal_before * x_0 + old * predicted + new * draw(t), None
 
-    return jax.lax.scan(step, noise, schedule, reverse=True)[0]
+    steps = (schedule, jnp.arange(len(schedule.step)))
+    return jax.lax.scan(step, noise, steps, reverse=True)[0]
+
+
+def dpm_solver(schedule: Schedule, denoise: Denoiser, noise: jax.Array) -> jax.Array:
+    """x_0 from noise by `samplers.dpm_solver`."""
+    down = Schedule(*(x[::-1] for x in schedule))
+
+    def x_0(x_t, i):
+        at = Schedule(*(x[i] for x in down))
+        predicted, _ = jnp.split(denoise(x_t, jnp.broadcast_to(at.step, x_t.shape[:1])), 2, axis=-1)
+        return to_data(at, x_t, predicted)
+
+    signal, share = jnp.append(down.signal, 1.0), jnp.append(down.noise, 0.0)
+    return samplers.dpm_solver(x_0, noise, signal, share)
 
 
 def ancestral(

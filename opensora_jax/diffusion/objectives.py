@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from opensora_jax.diffusion import ddpm, flow, samplers
+from opensora_jax.diffusion.samplers import TIME_SCALE, Sampling
 
 # (x (B, ..., C), time (B,) float32 from 0, clean, to 1000) -> (B, ..., outputs C)
 Network = Callable[[jax.Array, jax.Array], jax.Array]
@@ -18,18 +19,16 @@ Network = Callable[[jax.Array, jax.Array], jax.Array]
 Draw = Callable[[jax.Array], jax.Array]
 
 
-# Levels run from 0 to 1; the network's embedding of time was made for DiT's 1000 steps.
-TIME_SCALE = 1000.0
-
-
 class Objective(Protocol):
     """Noise levels are in [0, 1), from the data to the noise.
 
     Attributes:
       outputs: how many numbers the network gives for each that it gets.
+      samplers: the names of its ways to draw samples, first the usual one.
     """
 
     outputs: ClassVar[int]
+    samplers: ClassVar[tuple[str, ...]]
 
     def sample_levels(self, key: jax.Array, n: int) -> jax.Array:
         """Noise levels (n,) to train on."""
@@ -40,21 +39,33 @@ class Objective(Protocol):
         """What is trained on, (B,)."""
 
     def sample(
-        self, network: Network, noise: jax.Array, steps: int, draw: Draw | None = None
+        self, network: Network, noise: jax.Array, sampling: Sampling, draw: Draw | None = None
     ) -> jax.Array:
-        """x_0 from noise in so many steps.
+        """x_0 from noise; guidance is the network's.
 
         Args:
-          draw: for ancestral sampling; None: no noise but the one given.
+          draw: for samplers that draw more noise.
 
         Raises:
-          ValueError: steps or a way of sampling that the objective does not have.
+          ValueError: steps or a sampler that the objective does not have.
         """
+
+
+def _sampler(objective: "Objective", sampling: Sampling) -> str:
+    """The name of the sampler that is meant."""
+    known = objective.samplers
+    if sampling.sampler not in ("auto", *known):
+        (name,) = (name for name, kind in OBJECTIVES.items() if type(objective) is kind)
+        raise ValueError(
+            f"sampler={sampling.sampler!r}: expected auto or one of {', '.join(known)}, those of "
+            f"models with objective={name}"
+        )
+    return known[0] if sampling.sampler == "auto" else sampling.sampler
 
 
 @dataclasses.dataclass(frozen=True)
 class RectifiedFlow:
-    """Mean squared error of the velocity; samples by Euler steps.
+    """Mean squared error of the velocity.
 
     Args:
       time_shift: of the levels of training and of sampling, see `flow.shift_times`.
@@ -62,6 +73,7 @@ class RectifiedFlow:
     """
 
     outputs: ClassVar[int] = 1
+    samplers: ClassVar[tuple[str, ...]] = ("euler", "heun", "dpm++")
     time_shift: float = 1.0
     prediction: str = "velocity"
 
@@ -71,11 +83,19 @@ class RectifiedFlow:
     def loss(self, network, x_0, noise, level_B):
         return flow.loss(self._velocity(network), x_0, noise, level_B)
 
-    def sample(self, network, noise, steps, draw=None):
-        if draw is not None:
-            raise ValueError("ancestral sampling: expected a model with objective=ddpm, not flow")
-        times = flow.shift_times(jnp.linspace(1.0, 0.0, steps + 1), self.time_shift)
-        return samplers.euler(self._velocity(network), noise, times)
+    def sample(self, network, noise, sampling, draw=None):
+        times = flow.shift_times(jnp.linspace(1.0, 0.0, sampling.steps + 1), self.time_shift)
+        velocity = self._velocity(network)
+        match _sampler(self, sampling):
+            case "euler":
+                return samplers.euler(velocity, noise, times)
+            case "heun":
+                return samplers.heun(velocity, noise, times)
+
+        def to_data(x, i):
+            return x - times[i] * velocity(x, jnp.full((x.shape[0],), times[i]))
+
+        return samplers.dpm_solver(to_data, noise, 1 - times, times)
 
     def _velocity(self, network):
         def velocity(x, t_B):
@@ -88,11 +108,12 @@ class RectifiedFlow:
 class DDPM:
     """DiT's: mean squared error of the noise plus the bound that teaches the variance.
 
-    Level t stands for step 1000 t, rounded, of the 1000. Samples are DDIM's, or, with noise to
-    draw, ancestral ones, by the learned variance.
+    Level t stands for step 1000 t, rounded, of the 1000. Ancestral samples are drawn by the learned
+    variance.
     """
 
     outputs: ClassVar[int] = 2
+    samplers: ClassVar[tuple[str, ...]] = ("ddim", "ancestral", "dpm++")
 
     def sample_levels(self, key, n):
         return jax.random.randint(key, (n,), 0, ddpm.N_STEPS) / ddpm.N_STEPS
@@ -104,12 +125,15 @@ class DDPM:
         )
         return error + bound
 
-    def sample(self, network, noise, steps, draw=None):
-        schedule = ddpm.linear_schedule(ddpm.even_steps(steps))
+    def sample(self, network, noise, sampling, draw=None):
+        schedule = ddpm.linear_schedule(ddpm.even_steps(sampling.steps))
         denoise = self._denoiser(network)
-        if draw is None:
-            return ddpm.ddim(schedule, denoise, noise)
-        return ddpm.ancestral(schedule, denoise, noise, draw)
+        match _sampler(self, sampling):
+            case "ddim":
+                return ddpm.ddim(schedule, denoise, noise, sampling.eta, draw)
+            case "ancestral":
+                return ddpm.ancestral(schedule, denoise, noise, draw)
+        return ddpm.dpm_solver(schedule, denoise, noise)
 
     def _denoiser(self, network):
         return lambda x, step_B: network(x, step_B.astype(jnp.float32))

@@ -18,6 +18,7 @@ from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import pipeline, video_io
 from opensora_jax.diffusion import objectives
 from opensora_jax.diffusion.objectives import Objective
+from opensora_jax.diffusion.samplers import Sampling
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import decode, load_tokenizer
 from opensora_jax.mesh import PyTree
@@ -158,7 +159,7 @@ class Generator:
         # Codes whole, so that every process can read them.
         self._sample = jax.jit(
             self.task.sample,
-            static_argnames=("steps", "guidance"),
+            static_argnames="sampling",
             out_shardings=mesh_lib.replicated(self._mesh),
         )
 
@@ -249,10 +250,8 @@ class Generator:
         prompts: list[str] | Mapping[str, np.ndarray],
         *,
         params: PyTree,
-        steps: int,
-        guidance: float,
+        sampling: Sampling,
         seed: int,
-        ancestral: bool = False,
         grid: tuple[int, int, int] | None = None,
         batch_size: int = 16,
     ) -> np.ndarray:
@@ -264,10 +263,9 @@ class Generator:
 
         Args:
           prompts: what to show; or by their names the features (S, D) of texts.
-          ancestral: draw noise in every step, too; of models with the objective ddpm.
 
         Raises:
-          ValueError: a number of steps, or ancestral sampling, that the model's objective lacks.
+          ValueError: a number of steps, or a sampler, that the model's objective lacks.
         """
         text_length = self._description.text_length
         if isinstance(prompts, Mapping):
@@ -284,10 +282,10 @@ class Generator:
         videos = []
         for start in range(0, n, batch_size):
             index = np.minimum(np.arange(start, start + batch_size), n - 1)
-            noise, keys_B = noises(index), keys(index) if ancestral else None
-            inputs = mesh_lib.shard_whole((text[index], lengths[index], noise, keys_B), self._mesh)
+            inputs = (text[index], lengths[index], noises(index), keys(index))
+            inputs = mesh_lib.shard_whole(inputs, self._mesh)
             with jax.set_mesh(self._mesh):
-                codes = self._sample(params, *inputs, steps=steps, guidance=guidance)
+                codes = self._sample(params, *inputs, sampling=sampling)
             # By way of the host: the DiT may be on many devices, the tokenizer is on one.
             codes = jax.device_get(codes)
             d = self._description

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax import rngs
+from opensora_jax.build import training as build
 from opensora_jax.build.training import DiTTraining
 from opensora_jax.planning import synthetic
 
@@ -51,7 +52,8 @@ def sampling(config: ConfigDict, training: DiTTraining, mesh: Mesh) -> Program:
         jax.ShapeDtypeStruct(shapes["text_length"], np.int32),
         jax.ShapeDtypeStruct((n, *grid, channels), np.float32),
     )
-    sample = functools.partial(training.task.sample, steps=2, guidance=config.sample.guidance)
+    sampling = build.sampling(config.sample, steps=2)
+    sample = functools.partial(training.task.sample, sampling=sampling)
     return Program(jax.jit(sample, out_shardings=mesh_lib.replicated(mesh)), _sharded(args, mesh))
 
 

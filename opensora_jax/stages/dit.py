@@ -326,9 +326,7 @@ class SampleVideos:
         videos = self._generator.sample(
             self._prompts,
             params=state.ema,
-            steps=c.steps,
-            guidance=c.guidance,
-            ancestral=c.ancestral,
+            sampling=build.sampling(c),
             seed=self._config.seed,
         )
         if jax.process_index() == 0:

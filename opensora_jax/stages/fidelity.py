@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from opensora_jax import files
 from opensora_jax import mesh as mesh_lib
+from opensora_jax.build import training as build
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import moving_shapes, video_io
 from opensora_jax.inference.generator import Generator
@@ -49,9 +50,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         return generator.sample(
             prompts,
             params=params,
-            steps=config.sample.steps,
-            guidance=config.sample.guidance,
-            ancestral=config.sample.ancestral,
+            sampling=build.sampling(config.sample),
             seed=config.seed + 1,
             grid=grid,
             batch_size=config.fidelity.batch_size,

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.diffusion import samplers
 from opensora_jax.diffusion.objectives import Network, Objective
+from opensora_jax.diffusion.samplers import Sampling
 from opensora_jax.mesh import PyTree
 from opensora_jax.models.codebook import nearest_codes
 from opensora_jax.models.dit import PLAIN, DiT, DiTConfig, Execution
@@ -222,23 +223,28 @@ class DiTTask:
         noise: jax.Array,
         keys_B: jax.Array | None = None,
         *,
-        steps: int,
-        guidance: float,
+        sampling: Sampling,
     ) -> jax.Array:
         """Codes (B, T, H, W) int32 for text (B, S, D) from noise (B, T, H, W, channels).
 
         Args:
-          keys_B: for ancestral sampling, which draws noise for each example by its key.
+          keys_B: for samplers that draw more noise, for each example by its key.
         """
-        conditional, unconditional = (
-            self._network(params, text, text_length, jnp.full(text_length.shape, drop))
-            for drop in (False, True)
-        )
-        guided = samplers.classifier_free_guidance(conditional, unconditional, guidance)
+        b = len(text_length)
+        conditional = self._network(params, text, text_length, jnp.zeros(b, bool))
+        # In one batch, side by side: so both of an example are on one device.
+        drop = jnp.tile(jnp.array([False, True]), b)
+        twice = self._network(params, *(x.repeat(2, axis=0) for x in (text, text_length)), drop)
+
+        def both(x, time_B):
+            out = twice(x.repeat(2, axis=0), time_B.repeat(2))
+            return out[::2], out[1::2]
+
+        guided = samplers.guide(conditional, both, sampling)
 
         def draw(step):
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
             return jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:]))(keys)
 
-        x_0 = self.objective.sample(guided, noise, steps, None if keys_B is None else draw)
+        x_0 = self.objective.sample(guided, noise, sampling, None if keys_B is None else draw)
         return self.latents.to_codes(x_0)

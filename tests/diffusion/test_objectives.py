@@ -1,5 +1,7 @@
 """The two objectives behind one interface: levels, losses, ways of sampling."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from opensora_jax.diffusion import ddpm, flow
 from opensora_jax.diffusion.objectives import DDPM, RectifiedFlow
+from opensora_jax.diffusion.samplers import Sampling
 
 
 def normal(seed, *shape):
@@ -50,8 +53,9 @@ def test_ddpm_samples_what_an_exact_network_knows():
 
     noise = normal(1, 4, 2, 3)
     draws = jnp.asarray(normal(2, 10, 4, 2, 3))
-    for draw in (None, lambda step: draws[step]):
-        x = DDPM().sample(network, noise, 10, draw)
+    for name in DDPM.samplers:
+        sampling = Sampling(steps=10, sampler=name)
+        x = DDPM().sample(network, noise, sampling, lambda step: draws[step])
         np.testing.assert_allclose(x, np.broadcast_to(point, x.shape), atol=1e-3)
 
 
@@ -62,11 +66,40 @@ def test_flow_shifts_the_levels_of_training_and_of_sampling():
     # With a constant velocity of one, samples see every time; the network sees thousandths.
     noise = jnp.zeros((1, 2, 3))
     x = RectifiedFlow(time_shift=3.0).sample(
-        lambda x, time_B: jnp.broadcast_to(time_B[:, None, None] / 1000, x.shape), noise, 2
+        lambda x, time_B: jnp.broadcast_to(time_B[:, None, None] / 1000, x.shape),
+        noise,
+        Sampling(steps=2),
     )
     np.testing.assert_allclose(x, -(0.25 * 1.0 + 0.75 * 0.75), rtol=1e-5)
 
 
-def test_flow_draws_no_noise():
-    with pytest.raises(ValueError, match=r"ancestral sampling: .* objective=ddpm, not flow"):
-        RectifiedFlow().sample(lambda x, _: x, jnp.zeros((1, 2)), 2, draw=lambda step: step)
+def test_each_objective_names_its_samplers():
+    for objective, other in ((RectifiedFlow(), "ancestral"), (DDPM(), "heun")):
+        known = ", ".join(objective.samplers)
+        with pytest.raises(ValueError, match=rf"sampler='{other}': .*{re.escape(known)}, those of"):
+            objective.sample(lambda x, _: x, jnp.zeros((1, 2)), Sampling(2, sampler=other))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_with_any_eta_keeps_a_gaussian(eta):
+    """Of data N(1, 0.5^2), by the noise that is known: E[noise | x_t]."""
+    schedule = ddpm.linear_schedule()
+    mean, variance = 1.0, 0.25
+
+    def network(x, time_B):
+        at = time_B.astype(jnp.int32)[:, None]
+        signal, noise = schedule.signal[at], schedule.noise[at]
+        expected = noise * (x - signal * mean) / (signal**2 * variance + noise**2)
+        return jnp.concatenate([expected, jnp.zeros_like(x)], axis=-1)
+
+    def draw(step):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(2), step), (20_000, 1))
+
+    noise = jax.random.normal(jax.random.key(1), (20_000, 1))
+    sampling = Sampling(steps=200, eta=eta)
+    x = jax.jit(lambda z: DDPM().sample(network, z, sampling, draw))(noise)
+    assert float(x.mean()) == pytest.approx(mean, abs=0.02)
+    assert float(x.std()) == pytest.approx(variance**0.5, rel=0.04)
+    # Without new noise, and only then, the way is the noise's own.
+    correlation = float(np.corrcoef(np.asarray(noise)[:, 0], np.asarray(x)[:, 0])[0, 1])
+    assert (correlation > 0.999) == (eta == 0)

@@ -24,6 +24,7 @@ from opensora_jax.convert import torch_file
 from opensora_jax.convert.dit import open_blocks
 from opensora_jax.data import dataset_writer
 from opensora_jax.data.dataset_writer import write_part
+from opensora_jax.diffusion.samplers import Sampling
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder
@@ -298,7 +299,7 @@ def test_ddpm_learns_two_videos_and_samples_them(tmp_path):
         dit.objective=ddpm dit.size= dit.depth=1 dit.width=64 dit.heads=2 dit.text_mode=in_context
         dit.validation_share=0 dit.batch_size=32 dit.steps=300 dit.learning_rate=5e-3
         dit.warmup_steps=0 dit.ema_decay=0.95 dit.remat=none dit.checkpoint_every=300
-        sample.ancestral=True sample.guidance=1
+        sample.sampler=ancestral sample.guidance=1
     """
     command = [sys.executable, "-m", "opensora_jax.main", "--config=configs/default.py"]
     command += [f"--workdir={tmp_path}", "--config.stages=('dit',)"]
@@ -318,7 +319,7 @@ def test_ddpm_learns_two_videos_and_samples_them(tmp_path):
 
     generator = Generator.load(folder)
     videos = generator.sample(
-        captions * 4, params=generator.restore(folder), steps=30, guidance=1.0, seed=0
+        captions * 4, params=generator.restore(folder), sampling=Sampling(30, 1.0), seed=0
     )
     expected = decode(load_tokenizer(VQVAE_PATH), codes)
     assert (expected[0] != expected[1]).any()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from opensora_jax.diffusion.objectives import DDPM
+from opensora_jax.diffusion.samplers import Sampling
 from opensora_jax.models.dit import DiTConfig
 from opensora_jax.models.fsq import FSQ
 from opensora_jax.tasks.dit import DiTTask, Latents
@@ -103,11 +104,13 @@ def test_evaluation_is_the_same_in_microbatches_and_takes_less_memory(task, para
 def test_ancestral_samples_depend_on_their_own_keys(task, params):
     noise = jax.random.normal(jax.random.key(4), (B, *GRID, CHANNELS))
     keys = jax.random.split(jax.random.key(5), B)
-    sample = jax.jit(task.sample, static_argnames=("steps", "guidance"))
+    sample = jax.jit(task.sample, static_argnames="sampling")
 
     def draw(order, keys):
         given = (jnp.asarray(a)[order] for a in (BATCH["text"], BATCH["text_length"], noise))
-        return np.asarray(sample(params, *given, keys, steps=20, guidance=2.0))
+        return np.asarray(
+            sample(params, *given, keys, sampling=Sampling(20, 2.0, sampler="ancestral"))
+        )
 
     same = np.arange(B)
     codes = draw(same, keys)
@@ -121,9 +124,9 @@ def test_ancestral_samples_depend_on_their_own_keys(task, params):
 def test_without_guidance_the_null_text_is_not_seen(task, params):
     noise = jax.random.normal(jax.random.key(4), (B, *GRID, CHANNELS))
     given = (BATCH["text"], BATCH["text_length"], noise)
-    sample = jax.jit(task.sample, static_argnames=("steps", "guidance"))
+    sample = jax.jit(task.sample, static_argnames="sampling")
     broken = params | {"null_text": np.full_like(params["null_text"], np.nan)}
-    codes = [sample(p, *given, steps=4, guidance=1.0) for p in (params, broken)]
+    codes = [sample(p, *given, sampling=Sampling(4, 1.0)) for p in (params, broken)]
     np.testing.assert_array_equal(*codes)
     assert len(np.unique(codes[0])) > 2
 
