@@ -40,6 +40,14 @@ setup(
         "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths
         "cuda": ["jax[cuda13]"],
         "ray": ["ray[data]"],  # preprocessing on many machines
-        "test": ["ray[data]", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "test": [
+            "ray[data]",
+            "moto[server]",
+            "s3fs",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+        ],
     },
 )
