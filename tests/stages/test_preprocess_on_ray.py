@@ -183,7 +183,8 @@ def test_a_node_dies_in_the_middle_and_nothing_is_lost(world, many, tmp_path, mo
 
 @pytest.mark.slow
 def test_videos_and_dataset_may_lie_in_an_object_store(world, many, tmp_path, monkeypatch):
-    server = pytest.importorskip("moto.server")
+    from moto import server
+
     for name, value in {
         **{"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"},
         **{"AWS_DEFAULT_REGION": "us-east-1", "XDG_CACHE_HOME": str(tmp_path / "cache")},
