@@ -18,11 +18,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in the place of this folder, which has a tokenizers.py
 
+from benchmarks.drifting_noise import make_videos  # noqa: E402
 from opensora_jax.data import pipeline, video_io  # noqa: E402
 
 N_FRAMES, FPS, RESOLUTION, BATCH = 16, 8.0, 128, 8
@@ -36,23 +36,6 @@ class WholeSource(pipeline.ClipSource):
         video = video_io.read_video(self._paths[index], resolution=RESOLUTION, fps=FPS)
         start = int(rng.integers(len(video) - N_FRAMES + 1))
         return {"video": video[start : start + N_FRAMES]}
-
-
-def make_videos(folder: Path, n: int) -> list[Path]:
-    """Colored noise that drifts, so that frames cost about what films do."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"video{i}.mp4" for i in range(n)]
-    for i, path in enumerate(tqdm.tqdm(paths, desc="videos", unit="video")):
-        if path.exists():
-            continue
-        rng = np.random.default_rng(i)
-        coarse = rng.integers(0, 256, (HEIGHT // 20 + 8, WIDTH // 20 + 8, 3), np.uint8)
-        scene = coarse.repeat(20, 0).repeat(20, 1)
-        scene = np.clip(scene + rng.normal(0, 8, scene.shape), 0, 255).astype(np.uint8)
-        shifts = [(k * 140 // (SECONDS * RATE), k * 150 // (SECONDS * RATE)) for k in range(720)]
-        frames = np.stack([scene[y : y + HEIGHT, x : x + WIDTH] for y, x in shifts])
-        video_io.write_video(path, frames, RATE, crf=23)
-    return paths
 
 
 def measure(kind: str, paths: list[Path], seed: int, n_batches: int) -> tuple[float, int]:
@@ -73,7 +56,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12, help="a round")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    paths = make_videos(args.workdir, args.videos)
+    sizes = {"seconds": SECONDS, "rate": RATE, "height": HEIGHT, "width": WIDTH}
+    paths = make_videos(args.workdir, args.videos, **sizes)
 
     ratios, rates = [], {"whole": [], "windows": []}
     for seed in range(args.rounds):

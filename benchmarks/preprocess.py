@@ -25,14 +25,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import av
 import jax
 import numpy as np
-import tqdm
 from flax import nnx
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in the place of this folder, which has a tokenizers.py
 
+from benchmarks.drifting_noise import make_videos  # noqa: E402
 from opensora_jax import files  # noqa: E402
-from opensora_jax.data import video_io  # noqa: E402
 from opensora_jax.data.clips import Decoding, decode_clips  # noqa: E402
 from opensora_jax.inference.small_text_model import make_small_text_model  # noqa: E402
 from opensora_jax.inference.tokenizer import (  # noqa: E402
@@ -47,23 +46,6 @@ from opensora_jax.windows import Windows  # noqa: E402
 SECONDS, RATE, HEIGHT, WIDTH = 10, 24, 240, 320
 FPS, RESOLUTION, WINDOW, BATCH = 8.0, 64, 16, 8
 WIDTHS = {"fast": 8, "slow": 48}  # of the encoder
-
-
-def make_videos(folder: Path, n: int) -> list[Path]:
-    """Colored noise that drifts, so that frames cost about what films do."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"video{i:03d}.mp4" for i in range(n)]
-    for i, path in enumerate(tqdm.tqdm(paths, desc="videos", unit="video")):
-        if path.exists():
-            continue
-        rng = np.random.default_rng(i)
-        coarse = rng.integers(0, 256, (HEIGHT // 20 + 8, WIDTH // 20 + 8, 3), np.uint8)
-        scene = coarse.repeat(20, 0).repeat(20, 1)
-        scene = np.clip(scene + rng.normal(0, 8, scene.shape), 0, 255).astype(np.uint8)
-        steps = range(SECONDS * RATE)
-        frames = np.stack([scene[k // 2 : k // 2 + HEIGHT, k // 2 : k // 2 + WIDTH] for k in steps])
-        video_io.write_video(path, frames, RATE, crf=23)
-    return paths
 
 
 def make_tokenizer(folder: Path, width: int) -> None:
@@ -140,7 +122,8 @@ def main() -> None:
     parser.add_argument("--ray", action="store_true", help="time the engine ray as well")
     args = parser.parse_args()
     work = args.workdir.absolute()
-    paths = make_videos(work / "videos", args.videos)
+    sizes = {"seconds": SECONDS, "rate": RATE, "height": HEIGHT, "width": WIDTH}
+    paths = make_videos(work / "videos", args.videos, **sizes)
     entries = [{"file": path.name, "captions": ["noise drifts"]} for path in paths]
     files.write_text(work / "captions.json", json.dumps(entries))
     make_small_text_model(work / "text", ["noise drifts"])
