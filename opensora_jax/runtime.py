@@ -13,7 +13,7 @@ from absl import logging as absl_logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opensora_jax import files, peers
+from opensora_jax import coordinator, files, peers
 
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
@@ -45,10 +45,11 @@ def _join_processes() -> None:
     """`jax.distributed.initialize`, which finds what is not given here in the cluster itself."""
     given = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     # Who is dead is found out by `peers`, sooner and in one line.
-    jax.distributed.initialize(
-        **{name: int(os.environ[key]) for name, key in given.items() if key in os.environ},
-        heartbeat_timeout_seconds=300,
-    )
+    with coordinator.apart():
+        jax.distributed.initialize(
+            **{name: int(os.environ[key]) for name, key in given.items() if key in os.environ},
+            heartbeat_timeout_seconds=300,
+        )
     peers.watch()
 
 

@@ -9,7 +9,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "opensora_jax"
 
-BASE = {"process", "mesh", "rngs", "files", "hardware", "runtime", "lock", "peers", "windows"}
+BASE = {
+    "process",
+    "mesh",
+    "rngs",
+    "files",
+    "hardware",
+    "runtime",
+    "lock",
+    "peers",
+    "windows",
+    "coordinator",
+}
 LIBRARY = {"models", "diffusion", "data", "convert", "metrics"}
 COMMANDS = {"main", "sample", "bench", "plan", "inspect_data"}
 # Every module and folder of the package, and the others that it may import.
@@ -20,8 +31,9 @@ ROOMS: dict[str, set[str]] = {
     "hardware": set(),
     "mesh": set(),
     "peers": set(),
+    "coordinator": set(),
     "windows": set(),
-    "runtime": {"files", "peers"},
+    "runtime": {"coordinator", "files", "peers"},
     "lock": {"files", "runtime"},
     "models": BASE,
     "diffusion": BASE,

@@ -44,10 +44,14 @@ cli.run(main)
 """
 
 
-def start(*arguments):
+def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start(*arguments, address=None):
+    address = address or free_address()
     environment = os.environ | {
         "XLA_FLAGS": "",
         "JAX_NUM_CPU_DEVICES": "1",
@@ -80,11 +84,6 @@ def test_the_other_ends_and_names_it(victim, number):
         other = processes[1 - victim]
         _, said = other.communicate(timeout=120)
         assert time.monotonic() - begin < 60
-        if (victim, number) == (0, signal.SIGKILL):
-            # JAX's own client aborts at once when its coordinator is gone, in words of its own.
-            assert other.returncode == -signal.SIGABRT
-            assert "coordination service" in said
-            return
         assert other.returncode == peers.PEER_DIED, said
         (line,) = said.splitlines()
         host = socket.gethostname()
@@ -107,6 +106,28 @@ def test_an_error_of_one_ends_the_other_at_once(one):
         assert line.startswith(f"error: process {one} on {socket.gethostname()} failed: ValueError")
     finally:
         for process in processes:
+            process.kill()
+
+
+def test_the_next_run_takes_over_the_address_of_one_whose_first_process_was_killed():
+    """As `docs/launch_tpu.sh keep` does: at once, while the others do not know yet."""
+    address = free_address()
+    processes = start("1000", address=address)
+    again = []
+    try:
+        for process in processes:
+            while "ready" not in process.stdout.readline():
+                assert process.poll() is None
+        processes[0].send_signal(signal.SIGKILL)
+        again = start("4", address=address)
+        for process in again:
+            _, said = process.communicate(timeout=60)
+            assert process.returncode == 0, said
+            assert said == ""
+        processes[1].communicate(timeout=60)
+        assert processes[1].returncode in (peers.PEER_DIED, -signal.SIGABRT)
+    finally:
+        for process in processes + again:
             process.kill()
 
 
