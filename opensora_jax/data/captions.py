@@ -10,6 +10,7 @@ A captions file is
 `file` is relative to the video folder: for the last two that folder, or the archive's.
 """
 
+import operator
 import os
 from pathlib import PurePosixPath
 from typing import Any
@@ -80,7 +81,9 @@ def expect_a_video(entries: list[dict], folder: epath.PathLike) -> None:
     Raises:
       CaptionsError: not one is there.
     """
-    is_there = epath.Path.exists if files.is_remote(folder) else os.path.isfile
+    is_there = os.path.isfile  # unlike epath, it takes any name for what it is
+    if files.is_remote(folder):
+        is_there = operator.methodcaller("exists")
     usable = [entry["file"] for entry in entries if PROBLEM not in entry]
     if not any(is_there(epath.Path(folder) / _on_disk(file)) for file in usable):
         raise CaptionsError(

@@ -9,6 +9,7 @@ from etils import epath
 from opensora_jax import files
 from opensora_jax.data.clips import Decoding, Failed, Filtered, LeftOut
 from opensora_jax.data.part_counts import Counts
+from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.models.tokenizer import Tokenizer
 from opensora_jax.windows import Windows
 
@@ -31,7 +32,7 @@ class Job:
     videos: the folder that its file names are relative to.
     output: the folder of the dataset, which is there.
     vqvae, text_model: what `load_tokenizer` and `TextEncoder` read.
-    model: the tokenizer.
+    model, text_encoder: what they gave.
     settings: that decide what is in the dataset, as metadata.json has them.
     windows: how videos are cut in time.
     batch_size: windows encoded at a time.
@@ -44,6 +45,7 @@ class Job:
     vqvae: str
     text_model: str
     model: Tokenizer
+    text_encoder: TextEncoder
     settings: dict[str, Any]
     windows: Windows
     batch_size: int

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from opensora_jax.data import clips, dataset_writer, parts
 from opensora_jax.data.clips import Clip, decode_clips
-from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import WindowEncoder
 from opensora_jax.preprocessing import job as jobs
 
@@ -18,7 +17,6 @@ from opensora_jax.preprocessing import job as jobs
 def encode(job: jobs.Job) -> jobs.Made:
     """Writes the parts that are still missing."""
     output, settings, windows = job.output, job.settings, job.windows
-    text_encoder = TextEncoder(job.text_model)
     records = dataset_writer.read_records(output)
     videos_per_part = settings["videos_per_part"]
     done = sum(r["kept"] + len(r["filtered"]) + len(r["failed"]) for r in records)
@@ -30,7 +28,7 @@ def encode(job: jobs.Job) -> jobs.Made:
     height, width = (n // k for n, k in zip(settings["resolution"], space, strict=True))
     latent_bytes = height * width * code_bytes
     encoder = WindowEncoder(job.model, settings["window"], job.batch_size, settings.get("tile"))
-    features = _CaptionFeatures(text_encoder.encode, todo)
+    features = _CaptionFeatures(job.text_encoder.encode, todo)
     decoded = decode_clips(job.decoding, job.videos, todo)
     with tqdm(total=len(entries), initial=len(entries) - len(todo), unit="video") as bar:
         pairs = zip(todo, decoded, strict=True)

@@ -18,7 +18,7 @@ from opensora_jax.build import training as build
 from opensora_jax.data import dataset, dataset_writer, video_io
 from opensora_jax.data.captions import COLUMNS, expect_a_video, read_captions
 from opensora_jax.inference.small_text_model import make_small_text_model
-from opensora_jax.inference.text_encoder import check_text_model
+from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tiles import Tiles
 from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer
 from opensora_jax.preprocessing import local
@@ -187,7 +187,7 @@ def preprocess(
         return
     rate = f"videos are resampled to {fps:g}" if fps else "videos keep their own"
     print(f"preprocess: {rate} frames a second (fps={fps or 0:g})")
-    check_text_model(text_model)
+    text_encoder = TextEncoder(text_model)  # before any work, whoever will do it
     metadata = {
         "complete": False,
         "engine": engine,
@@ -221,6 +221,7 @@ def preprocess(
             vqvae=str(vqvae),
             text_model=str(text_model),
             model=model,
+            text_encoder=text_encoder,
             settings=settings,
             windows=windows,
             batch_size=batch_size,
