@@ -45,13 +45,13 @@ from opensora_jax.windows import Windows  # noqa: E402
 
 SECONDS, RATE, HEIGHT, WIDTH = 10, 24, 240, 320
 FPS, RESOLUTION, WINDOW, BATCH = 8.0, 64, 16, 8
+DOWNSAMPLE = (4, 4, 4)
 WIDTHS = {"fast": 8, "slow": 48}  # of the encoder
 
 
 def make_tokenizer(folder: Path, width: int) -> None:
-    config = VQVAEConfig(
-        n_codes=256, embedding_dim=8, n_hiddens=width, n_res_layers=1, n_frames=WINDOW
-    )
+    sizes = {"n_codes": 256, "embedding_dim": 8, "n_hiddens": width, "n_res_layers": 1}
+    config = VQVAEConfig(**sizes, downsample=DOWNSAMPLE, n_frames=WINDOW)
     save_tokenizer(folder, VQVAE(config, rngs=nnx.Rngs(0)))
 
 
