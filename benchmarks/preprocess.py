@@ -50,6 +50,8 @@ WIDTHS = {"fast": 8, "slow": 48}  # of the encoder
 
 
 def make_tokenizer(folder: Path, width: int) -> None:
+    if (folder / "model.json").exists():
+        return
     sizes = {"n_codes": 256, "embedding_dim": 8, "n_hiddens": width, "n_res_layers": 1}
     config = VQVAEConfig(**sizes, downsample=DOWNSAMPLE, n_frames=WINDOW)
     save_tokenizer(folder, VQVAE(config, rngs=nnx.Rngs(0)))
