@@ -141,7 +141,9 @@ def _one_line() -> Iterator[None]:
 
 
 def _make(job: Job) -> Made:
-    done = {path.name: files.read_json(path) for path in job.output.glob("*.json")}
+    # Of a run that was killed in the end there are other files of JSON, too.
+    noted = (path for kind in ("part", "texts") for path in job.output.glob(f"{kind}-*.json"))
+    done = {path.stem: files.read_json(path) for path in noted}
     size = job.settings["videos_per_part"]
     groups = [job.entries[start : start + size] for start in range(0, len(job.entries), size)]
     numbers: dict[str, int] = {}
@@ -157,23 +159,23 @@ def _make(job: Job) -> Made:
     }
 
     def missing(named: dict[str, list]) -> dict[str, list]:
-        return {name: value for name, value in named.items() if f"{name}.json" not in done}
+        return {name: value for name, value in named.items() if name not in done}
 
     def note(name: str, record: dict[str, Any]) -> None:
         files.write_json(job.output / f"{name}.json", record)
-        done[f"{name}.json"] = record
+        done[name] = record
 
     with tqdm(total=len(job.entries), unit="video") as bar:
         bar.update(len(job.entries) - sum(map(len, missing(videos).values())))
         _encode_videos(job, missing(videos), numbers, note, bar)
-    if not any(done[f"{name}.json"]["kept"] for name in videos):
-        return Made([done[f"{name}.json"] for name in videos], parts=[])
+    if not any(done[name]["kept"] for name in videos):
+        return Made([done[name] for name in videos], parts=[])
     with tqdm(total=len(numbers), unit="caption") as bar:
         bar.update(len(numbers) - sum(map(len, missing(texts).values())))
         _encode_texts(job, missing(texts), note, bar)
-    records = [done[f"{name}.json"] for name in videos]
+    records = [done[name] for name in videos]
     made = [part for record in records for part in record["parts"]]
-    made += [done[f"{name}.json"] for name in texts]
+    made += [done[name] for name in texts]
     return Made(records, made, _counts(job, made))
 
 
