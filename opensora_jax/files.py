@@ -167,7 +167,7 @@ def nearby(path: epath.PathLike) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
         for source in walk(path) if path.is_dir() else [path]:
-            target = copy / source.relative_to(path) if source != path else copy
+            target = copy / source.relative_to(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             source.copy(target)
         yield copy

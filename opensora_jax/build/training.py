@@ -45,15 +45,8 @@ def vqvae_task(c: ConfigDict, start_from: Tokenizer | None = None) -> VQVAETask:
     Raises:
       ValueError: which is of other sizes, or what is no file of `vqvae.perceptual`'s.
     """
-    config = networks.vqvae_config(c)
     if start_from is not None:
-        there = dataclasses.replace(start_from.config, n_frames=config.n_frames)
-        different = files.changes(describe(config), describe(there))
-        if different:
-            raise ValueError(
-                f"config.vqvae.init_from={files.short(c.init_from)}: expected a tokenizer of the "
-                f"same sizes: {'; '.join(different)}"
-            )
+        expect_same_sizes(c, start_from)
     adversarial = None
     if c.adversarial:
         start = int(c.adversarial_from * c.steps)
@@ -62,7 +55,7 @@ def vqvae_task(c: ConfigDict, start_from: Tokenizer | None = None) -> VQVAETask:
     if c.perceptual:
         perceptual = (vgg.load_perceptual(c.perceptual), c.perceptual_weight)
     return VQVAETask(
-        config,
+        networks.vqvae_config(c),
         dtype=networks.compute_dtype(c.dtype),
         quantize_between=(int(c.quantize_from * c.steps), int(c.quantize_to * c.steps)),
         end_weight=c.end_weight,
@@ -72,6 +65,22 @@ def vqvae_task(c: ConfigDict, start_from: Tokenizer | None = None) -> VQVAETask:
         trains_encoder=c.train == "all",
         start_from=start_from,
     )
+
+
+def expect_same_sizes(c: ConfigDict, start_from: Tokenizer) -> None:
+    """Sees that the tokenizer of `vqvae.init_from` is what `config.vqvae` c describes.
+
+    Raises:
+      ValueError: naming the sizes that differ.
+    """
+    config = networks.vqvae_config(c)
+    there = dataclasses.replace(start_from.config, n_frames=config.n_frames)
+    different = files.changes(describe(config), describe(there))
+    if different:
+        raise ValueError(
+            f"config.vqvae.init_from={files.short(c.init_from)}: expected a tokenizer of the "
+            f"same sizes: {'; '.join(different)}"
+        )
 
 
 def optimizer(c: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:

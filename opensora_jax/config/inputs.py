@@ -115,7 +115,8 @@ def _check_vqvae(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
     read("data.images", pipeline.find_images)
     start_from = read("vqvae.init_from", tokenizer.load_tokenizer)
     read("vqvae.perceptual", vgg.load_perceptual)
-    build.vqvae_task(c.vqvae, start_from)
+    if start_from is not None:
+        build.expect_same_sizes(c.vqvae, start_from)
 
 
 def _check_preprocess(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:

@@ -77,11 +77,11 @@ def survey(
         word for caption in captions for word in set(_WORD.findall(caption.lower()))
     )
     pairs = _alike(np.stack(some_codes), least_alike)
-    windows, n = dataset.windows, index.video_frames.astype(np.int64)
-    frames = np.array([windows.n_frames(int(t)) for t in np.unique(n)])
+    lengths, place = np.unique(index.video_frames, return_inverse=True)
+    frames = np.array([dataset.windows.n_frames(int(t)) for t in lengths])
     return Survey(
         rows=rows,
-        seconds=frames[np.searchsorted(np.unique(n), n)] / dataset.metadata["fps"],
+        seconds=frames[place] / dataset.metadata["fps"],
         tokens=index.text_lengths.astype(np.int64),
         motion=np.array(motion),
         captions=captions,

@@ -253,7 +253,7 @@ def _encode_videos(
                 outcomes[name][i] = {
                     "video_file": entry["file"],
                     "fps": row["fps"],
-                    parts.CODES: codes.reshape(-1, *_grid(job)),
+                    parts.CODES: codes.reshape(-1, *job.grid),
                     "texts": [numbers[caption] for caption in entry["captions"]],
                 }
             else:
@@ -263,12 +263,6 @@ def _encode_videos(
                 ordered = [outcome for _, outcome in sorted(outcomes.pop(name).items())]
                 tasks.add(name, write.remote(str(job.output), name, ordered, n_codes))
     tasks.finish()
-
-
-def _grid(job: Job) -> tuple[int, int]:
-    _, *space = job.model.downsample
-    height, width = (n // k for n, k in zip(job.settings["resolution"], space, strict=True))
-    return height, width
 
 
 def _decode(table: pa.Table, decoding: Decoding, folder: str) -> Iterator[pa.Table]:
@@ -283,14 +277,15 @@ def _decode(table: pa.Table, decoding: Decoding, folder: str) -> Iterator[pa.Tab
         size = decoding.windows.frames
         n_windows = -(-len(clip.frames_THWC) // size)
         for k in range(n_windows):
+            frames_THWC = clip.frames_THWC[k * size : (k + 1) * size]
             yield _rows(
                 entry=i,
                 window=k,
                 n_windows=n_windows,
                 fps=clip.fps,
-                n=len(clip.frames_THWC[k * size : (k + 1) * size]),
-                frames=clip.frames_THWC[k * size : (k + 1) * size].tobytes(),
-                height=clip.frames_THWC.shape[1],
+                n=len(frames_THWC),
+                frames=frames_THWC.tobytes(),
+                height=frames_THWC.shape[1],
             )
 
 

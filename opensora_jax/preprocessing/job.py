@@ -52,6 +52,13 @@ class Job:
     strict: bool = False
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the codes."""
+        sides = zip(self.settings["resolution"], self.model.downsample[1:], strict=True)
+        height, width = (pixels // stride for pixels, stride in sides)
+        return height, width
+
+    @property
     def decoding(self) -> Decoding:
         keys = ("fps", "max_frames", "n_frames", *FILTERS)
         sizes = {key: self.settings[key] for key in keys if key in self.settings}

@@ -1,5 +1,6 @@
 """The engine of one machine: decodes, encodes and writes part by part, in order."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -24,9 +25,7 @@ def encode(job: jobs.Job) -> jobs.Made:
     known = dataset_writer.known_texts(output, len(records))
     n_codes = len(job.model.codebook)
     code_bytes = dataset_writer.code_dtype(n_codes).itemsize
-    _, *space = job.model.downsample
-    height, width = (n // k for n, k in zip(settings["resolution"], space, strict=True))
-    latent_bytes = height * width * code_bytes
+    latent_bytes = math.prod(job.grid) * code_bytes
     encoder = WindowEncoder(job.model, settings["window"], job.batch_size, settings.get("tile"))
     features = _CaptionFeatures(job.text_encoder.encode, todo)
     decoded = decode_clips(job.decoding, job.videos, todo)
