@@ -19,7 +19,6 @@ from made_world import (
     WINDOW,
     command,
     identities,
-    make_world,
     run_on,
     write_captions,
     write_video,
@@ -33,13 +32,6 @@ from opensora_jax.inference.tokenizer import load_tokenizer
 from opensora_jax.preprocessing import local
 from opensora_jax.stages import preprocess as stage
 from opensora_jax.stages.preprocess import PreprocessError
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

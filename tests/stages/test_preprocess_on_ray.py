@@ -14,7 +14,6 @@ from made_world import (
     ROOT,
     command,
     identities,
-    make_world,
     run_on,
     write_captions,
     write_video,
@@ -31,13 +30,6 @@ ENVIRONMENT = os.environ | {
     # Without it, Ray takes a machine this full for one that is out of memory.
     "RAY_memory_monitor_refresh_ms": "0",
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
