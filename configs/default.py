@@ -154,13 +154,22 @@ def get_config() -> ConfigDict:
     # whole windows. Trained on several sizes, a model draws any between; a batch is of one of them.
     c.dit.n_latent_frames = FieldReference(0, field_type=object)
     c.dit.caption_dropout = 0.1  # share of examples without text, for guidance
-    # What is trained on: flow, rectified flow, or ddpm, DiT's (the noise, its variance learned).
+    # What is trained on: of embeddings flow, rectified flow, or ddpm, DiT's (the noise, its variance
+    # learned); of codes masked, MaskGIT's, or metric, a path of ever nearer codes
+    # (docs/objectives.md).
     c.dit.objective = "flow"
     # Of flow, what the network gives: velocity, or data (the clean latents, from which the velocity
     # follows). auto: data where a token holds as many numbers as the network is wide.
     c.dit.prediction = "auto"
-    # Of flow; above 1: more of the noisy times. auto: by how much noise it takes to hide a token.
+    # Of all but ddpm; above 1: more of the noisy times. auto: of flow by how much noise it takes to
+    # hide a token.
     c.dit.time_shift = FieldReference("auto", field_type=object)
+    # Of masked and metric: joint, logits of all codes; factorized, of the values of each dimension of
+    # an FSQ tokenizer's codes; auto: factorized where the codes are FSQ's.
+    c.dit.code_head = "auto"
+    # Of metric: codes at a noise level t are drawn by softmax(-scale ((1 - t) / t)^power distance).
+    c.dit.beta_scale = 3.0
+    c.dit.beta_power = 0.9
     c.dit.validation_share = 0.02  # share of the videos held back to measure the loss on
     # Examples a step, over all devices; of several sizes those of the largest, and as many tokens of
     # the others.
@@ -194,13 +203,19 @@ def get_config() -> ConfigDict:
     c.sample = ConfigDict()
     c.sample.steps = 50  # of the sampler
     # With flow euler, heun (two calls of the network a step) or dpm++ (second order with one); with
-    # ddpm ddim, ancestral (DiT's, which draws noise in each step) or dpm++; auto: the first.
+    # ddpm ddim, ancestral (DiT's, which draws noise in each step) or dpm++; auto: the first. The
+    # others have one each.
     c.sample.sampler = "auto"
     c.sample.eta = 0.0  # of ddim: share of the noise that each step draws anew
     c.sample.guidance = 4.0  # scale of classifier-free guidance; 1: off
     c.sample.guidance_from = 0.0  # noise levels between which there is guidance: 0 is the data,
     c.sample.guidance_to = 1.0  # 1 the noise
     c.sample.guidance_rescale = 0.0  # share to which guided outputs keep the others' deviation
+    # Of masked and metric, how codes are drawn: their logits are divided by the first, and of the
+    # likeliest with this share of the probability alone.
+    c.sample.temperature = 1.0
+    c.sample.top_p = 1.0
+    c.sample.choice_temperature = 4.5  # of masked: chance in which codes are kept first
     c.sample.prompts = ()  # drawn while training; empty: captions of the validation videos
 
     # Grading of samples on moving shapes (needs the shapes stage).

@@ -27,6 +27,7 @@ DIT_RULES: Mapping[str, MeshAxes] = {
     "modulation": ("tensor",),  # adaLN's shifts, scales and gates
     "text": (),  # width of the text features
     "latent": (),  # channels of a patch of code embeddings
+    "code": (),  # logits of all codes
     "frequency": (),  # sinusoidal embedding of time
     "norm": (),  # one head's features
 }

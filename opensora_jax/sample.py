@@ -24,6 +24,9 @@ DEFAULTS = {
     "guidance_from": 0.0,
     "guidance_to": 1.0,
     "guidance_rescale": 0.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "choice_temperature": 4.5,
 }
 
 
@@ -174,6 +177,24 @@ def _parser() -> argparse.ArgumentParser:
         "--eta",
         type=cli.number(float, 0, 1),
         help=f"of ddim: share of the noise that each step draws anew {_trained('eta')}",
+    )
+    add(
+        "--temperature",
+        type=cli.number(float, 0.01, 100),
+        help="of masked and metric models: what logits of codes are divided by "
+        f"{_trained('temperature')}",
+    )
+    add(
+        "--top_p",
+        type=cli.number(float, 0.01, 1),
+        help="of these: share of the probability that the codes hold of which one is drawn "
+        f"{_trained('top_p')}",
+    )
+    add(
+        "--choice_temperature",
+        type=cli.number(float, 0, 1000),
+        help="of masked models: chance in which codes are kept first "
+        f"{_trained('choice_temperature')}",
     )
     seed_help = "of the noise; the same seed gives the same bytes"
     add("--seed", type=cli.number(int, 0, 2**32 - 1), default=1, help=seed_help)

@@ -103,6 +103,7 @@ def dit_config(
     channels: int,
     out_channels: int,
     text_width: int,
+    n_codes: int | None = None,
     extent: tuple[int, int, int] | None = None,
 ) -> DiTConfig:
     """The DiT that `config.dit` describes, for latents and texts of these sizes."""
@@ -117,6 +118,7 @@ def dit_config(
         text_width=text_width,
         text_mode=c.text_mode,
         extent=extent,
+        n_codes=n_codes,
     )
 
 

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # What the principal components that "auto" keeps hold of the embeddings' variance.
 VARIANCE = 0.99
+# The shift of times that "auto" stands for, of objectives that nothing is measured for.
+TIME_SHIFTS = {"ddpm": 1.0, "masked": 1.0, "metric": 4.0}
 
 
 def vqvae_task(c: ConfigDict, start_from: Tokenizer | None = None) -> VQVAETask:
@@ -190,8 +192,9 @@ def choose(c: ConfigDict, latents: Latents, code_counts: np.ndarray | None = Non
     _, width, _ = networks.dit_size(c)
     numbers = latents.channels * c.patch**2
     if c.objective != "flow":
+        shift = TIME_SHIFTS[c.objective] if c.time_shift == "auto" else c.time_shift
         with c.ignore_type():
-            c.update(prediction="velocity", time_shift=1.0)
+            c.update(prediction="velocity", time_shift=shift)
         return c
     if c.prediction == "auto":
         c.prediction = "data" if numbers >= width else "velocity"
@@ -265,15 +268,18 @@ def dit_training(
       platform: cpu, gpu or tpu, that it is to run on; None: what this process runs on.
 
     Raises:
-      ValueError: where the patch does not divide the grid.
+      ValueError: where the patch does not divide the grid, or the objective is none for these
+        latents.
     """
     c = config.dit
     check_patch(c, grid)
     objective = objectives.from_fields(c)
+    sizes = objective.sizes(latents)
     model = networks.dit_config(
         c,
-        channels=latents.channels,
-        out_channels=objective.outputs * latents.channels,
+        channels=sizes.n_in,
+        out_channels=sizes.n_out,
+        n_codes=sizes.n_codes,
         text_width=text_width,
         extent=extent,
     )

@@ -8,7 +8,7 @@ from typing import Any
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.config.stages import STAGES
 from opensora_jax.diffusion import flow
-from opensora_jax.diffusion.objectives import OBJECTIVES
+from opensora_jax.diffusion.objectives import CODE_HEADS, OBJECTIVES
 from opensora_jax.models import attention, dit
 from opensora_jax.tasks.vqvae import ARCHITECTURES
 from opensora_jax.train.optim import OPTIMIZERS
@@ -216,6 +216,9 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "objective": one_of(tuple(OBJECTIVES)),
         "prediction": one_of(("auto", *flow.PREDICTIONS)),
         "time_shift": auto_or(positive),
+        "code_head": one_of(CODE_HEADS),
+        "beta_scale": positive,
+        "beta_power": positive,
         "validation_share": below_one,
         "optimizer": one_of(OPTIMIZERS),
         "attention": one_of(("auto", *attention.BACKENDS)),
@@ -231,6 +234,9 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "guidance_from": share,
         "guidance_to": share,
         "guidance_rescale": share,
+        "temperature": positive,
+        "top_p": Rule(lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, at most 1"),
+        "choice_temperature": not_negative,
         "prompts": prompts,
     },
     "fidelity": {"n_samples": at_least(1), "batch_size": at_least(1)},

@@ -101,9 +101,9 @@ def _check_models(c: ConfigDict) -> None:
     if not c.dit.size and c.dit.width % (2 * c.dit.heads):
         raise_invalid(c, "dit.width", f"an even multiple of dit.heads={c.dit.heads}")
     since = f"since dit.objective is {c.dit.objective}"
+    if c.dit.objective != "flow" and c.dit.prediction not in ("auto", "velocity"):
+        raise_invalid(c, "dit.prediction", f"auto or velocity, {since}")
     if c.dit.objective == "ddpm":
-        if c.dit.prediction not in ("auto", "velocity"):
-            raise_invalid(c, "dit.prediction", f"auto or velocity, {since}")
         if c.dit.time_shift not in ("auto", 1):
             raise_invalid(c, "dit.time_shift", f"auto or 1, {since}")
         if c.sample.steps > ddpm.N_STEPS:

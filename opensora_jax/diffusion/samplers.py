@@ -30,6 +30,10 @@ class Sampling:
         the conditional ones (arXiv:2305.08891).
       sampler: one that the objective has; auto: its first.
       eta: share of the noise that ddim draws anew in each step.
+      temperature: of codes that are drawn by their probabilities.
+      top_p: share of the probability that the likeliest codes hold, of which alone is drawn.
+      choice_temperature: how far chance, and not how sure the network is, says which of the masked
+        codes are kept first (arXiv:2202.04200).
     """
 
     steps: int = 50
@@ -39,23 +43,29 @@ class Sampling:
     guidance_rescale: float = 0.0
     sampler: str = "auto"
     eta: float = 0.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    choice_temperature: float = 4.5
 
 
-def guide(conditional: Denoiser, both: Both, sampling: Sampling) -> Denoiser:
+def guide(
+    conditional: Denoiser, both: Both, sampling: Sampling, n_guided: int | None = None
+) -> Denoiser:
     """unconditional + scale (conditional - unconditional) (Ho & Salimans, arXiv:2207.12598).
 
-    Outputs with more channels than x end in learned variances: those are the conditional's, as in
-    DiT. With a scale of 1 the unconditional is not computed, nor is it outside of the levels that
-    are guided.
+    Outputs that end in learned variances have the conditional's, as in DiT. With a scale of 1 the
+    unconditional is not computed, nor is it outside of the levels that are guided.
 
     Args:
       conditional, both: of x (B, ...) and times (B,), TIME_SCALE times the levels.
+      n_guided: how many channels of the outputs are guided, the first; None: all.
     """
 
     def guided(x, time_B):
         there, base = both(x, time_B)
-        there, variance = jnp.split(there, [x.shape[-1]], axis=-1)
-        base = base[..., : x.shape[-1]]
+        n = n_guided or there.shape[-1]
+        there, variance = jnp.split(there, [n], axis=-1)
+        base = base[..., :n]
         out = base + sampling.guidance * (there - base)
         if sampling.guidance_rescale:
             axes = range(1, x.ndim)

@@ -71,7 +71,8 @@ class DiTDescription:
             folder.mkdir(parents=True, exist_ok=True)
             with files.local(folder / _TABLE) as path, path.open("wb") as file:
                 np.save(file, self.latents.table)
-        checkpoint.record_model(folder, self.to_json(has_table), new_keys=(*_NEW, "levels"))
+        new_keys = (*_NEW, "levels", *objectives.to_fields(self.objective))
+        checkpoint.record_model(folder, self.to_json(has_table), new_keys=new_keys)
 
     def to_json(self, has_table: bool = False) -> dict[str, Any]:
         table = self.latents.table
@@ -276,8 +277,8 @@ class Generator:
         lengths = np.array([min(len(f), text_length) for f in features], np.int32)
         n, parts = len(prompts), self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         batch_size = -(-min(batch_size, n) // parts) * parts
-        shape = (*(grid or self._description.latent_grid), self.task.latents.channels)
-        noises = jax.vmap(lambda i: jax.random.normal(rngs.key(seed, "sample", i), shape))
+        grid = grid or self._description.latent_grid
+        noises = jax.vmap(lambda i: self.task.noise(rngs.key(seed, "sample", i), grid))
         keys = jax.vmap(lambda i: rngs.key(seed, "ancestral", i))
         videos = []
         for start in range(0, n, batch_size):

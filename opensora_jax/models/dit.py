@@ -57,6 +57,7 @@ class DiTConfig:
       patch: p; a token is a (1, p, p) patch of latents.
       text_width: E, width of the text features.
       text_mode: one of `TEXT_MODES`.
+      n_codes: of which a last layer makes the logits; None: there is none.
       extent: (T, H, W) tokens that grids of all sizes are stretched to where the network is told
         absolute positions; None: it is told them as they are, of one size.
 
@@ -73,6 +74,7 @@ class DiTConfig:
     text_width: int
     text_mode: str = "cross_attention"
     extent: tuple[int, int, int] | None = None
+    n_codes: int | None = None
 
     def __post_init__(self):
         if self.text_mode not in TEXT_MODES:
@@ -311,6 +313,11 @@ class DiT(nnx.Module):
         self.final = layers.Dense(
             width, c.patch**2 * c.out_channels, axes=("embed", "latent"), init=_zeros, **common
         )
+        self.code_head = None
+        if c.n_codes:
+            self.code_head = layers.Dense(
+                c.out_channels, c.n_codes, axes=("latent", "code"), **common
+            )
 
     def __call__(
         self,
@@ -359,6 +366,13 @@ class DiT(nnx.Module):
         shift_BND, scale_BND = self.final_modulation(condition_BD, n)
         out = self.final(modulate(x_BND, shift_BND, scale_BND))
         return _from_patches(out, (t, h, w), p).astype(jnp.float32)
+
+    @property
+    def to_logits(self) -> Callable[[jax.Array], jax.Array] | None:
+        """Predictions (..., out_channels) -> logits (..., n_codes) float32, if there are any."""
+        if self.code_head is None:
+            return None
+        return lambda x: self.code_head(x).astype(jnp.float32)
 
     def _run_blocks(self, x_BND: jax.Array, condition_BD: jax.Array, **given) -> jax.Array:
         graph, blocks = nnx.split(self.blocks)

@@ -34,6 +34,7 @@ def dit_step_flops(
     mlp = 2 * sequence * d * MLP_RATIO * d
     block = self_attention + cross + mlp + 6 * d * d
     final = 2 * d * d + n * d * p * p * dit.out_channels
+    final += t * h * w * dit.out_channels * (dit.n_codes or 0)
     # Patches and times are data: only the weights' gradient is taken of their products.
     once, twice = patches_in + time_in, embeddings + dit.depth * block + final
     return 2.0 * batch_size * (2 * once + 3 * twice)
@@ -53,4 +54,6 @@ def dit_parameters(dit: DiTConfig) -> int:
     time = dense(TIME_FEATURES, d) + dense(d, d)
     text = e + 2 * dense(e, d) + dense(d, d)
     final = dense(d, 2 * d) + dense(d, tokens * dit.out_channels)
+    if dit.n_codes:
+        final += dense(dit.out_channels, dit.n_codes)
     return dense(tokens * dit.channels, d) + time + text + dit.depth * block + final

@@ -134,14 +134,13 @@ def _expect_same_model(c: ConfigDict, folder: epath.Path) -> None:
       ValueError: naming what differs.
     """
     found = checkpoint.read_model(folder)
-    there = DiTDescription.read(folder).dit
-    sizes = {name: getattr(there, name) for name in ("channels", "text_width", "extent")}
-    asked = networks.dit_config(c, out_channels=there.out_channels, **sizes)
+    there = DiTDescription.read(folder)
+    given = ("channels", "out_channels", "n_codes", "text_width", "extent")
+    asked = networks.dit_config(c, **{name: getattr(there.dit, name) for name in given})
     settings: dict[str, Any] = {"dit": vars(asked)}
     settings |= objectives.to_fields(objectives.from_fields(c))
-    files.expect_settings(
-        folder / checkpoint.MODEL_FILE, settings, {name: found.get(name) for name in settings}
-    )
+    known = {**objectives.to_fields(there.objective), "dit": found["dit"]}
+    files.expect_settings(folder / checkpoint.MODEL_FILE, settings, known)
 
 
 def _latents(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,31 @@ class Latents:
     def channels(self) -> int:
         return self.table.shape[1]
 
+    def digits(self) -> list[np.ndarray]:
+        """Of a codebook that is a grid, embeddings (K, 1) of the K values of each dimension; else
+        those (n_codes, dim) of all codes.
+
+        Raises:
+          ValueError: the embeddings are a grid's, turned.
+        """
+        if not self.levels:
+            return [self.table]
+        bases = np.cumprod([1, *self.levels[:-1]])
+        rows = [np.arange(n) * base for n, base in zip(self.levels, bases, strict=True)]
+        if self.channels == len(self.levels):
+            tables = [self.table[row, i, None] for i, row in enumerate(rows)]
+            codes = np.arange(len(self.table))
+            again = [
+                table[codes // base % len(table), 0]
+                for table, base in zip(tables, bases, strict=True)
+            ]
+            if np.allclose(np.stack(again, axis=1), self.table, atol=1e-5):
+                return tables
+        raise ValueError(
+            f"dit.components={self.channels}: expected auto or 0, all dimensions of the grid "
+            f"{self.levels} as they are"
+        )
+
     def from_codes(self, codes: jax.Array) -> jax.Array:
         """Codes (...) -> normalized embeddings (..., dim) float32."""
         return jnp.asarray(self.table)[codes]
@@ -123,7 +149,7 @@ class DiTTask:
     """Batches: {"codes": int32 (B, T, H, W), "text": (B, S, D), "text_length": int32 (B,)}.
 
     Args:
-      config: of a model whose output has `objective.outputs` times the latents' channels.
+      config: of a model of `objective.sizes`.
       caption_dropout: share of examples that see the null text, for classifier-free guidance.
     """
 
@@ -178,7 +204,7 @@ class DiTTask:
         b = batch["codes"].shape[0]
         drop_B = jax.random.uniform(drop_key, (b,)) < self._caption_dropout
         level_B = self.objective.sample_levels(level_key, b)
-        noise = jax.random.normal(noise_key, (*batch["codes"].shape, self.latents.channels))
+        noise = self.noise(noise_key, batch["codes"].shape)
         return self._loss(params, batch, level_B, noise, drop_B), (extra, {})
 
     def eval_step(
@@ -193,8 +219,8 @@ class DiTTask:
 
         def loss(level):
             def part_loss(part):
-                shape = (*part["codes"].shape[1:], self.latents.channels)
-                noise = jax.vmap(lambda key: jax.random.normal(key, shape))(part["key"])
+                shape = part["codes"].shape[1:]
+                noise = jax.vmap(lambda key: self.noise(key, shape))(part["key"])
                 level_B = jnp.full(part["text_length"].shape, level)
                 return self._loss(params, part, level_B, noise, None)
 
@@ -206,14 +232,20 @@ class DiTTask:
         return {**named, "validation_loss": jnp.mean(losses)}
 
     def _loss(self, params, batch, level_B, noise, drop_B):
-        x_0 = self.latents.from_codes(batch["codes"])
         network = self._network(params, batch["text"], batch["text_length"], drop_B)
-        return jnp.mean(self.objective.loss(network, x_0, noise, level_B))
+        loss_B = self.objective.loss(network, self.latents, batch["codes"], noise, level_B)
+        return jnp.mean(loss_B)
 
     def _network(self, params, text, text_length, drop_B) -> Network:
         """The model for these texts."""
         model = self.model(params)
-        return lambda x, time_B: model(x, time_B, text, text_length, drop_B)
+        return Network(
+            lambda x, time_B: model(x, time_B, text, text_length, drop_B), model.to_logits
+        )
+
+    def noise(self, key: jax.Array, shape: Sequence[int]) -> jax.Array:
+        """For codes of this shape, (..., numbers): what training adds and samples begin with."""
+        return self.objective.noise(key, shape, self.latents)
 
     def sample(
         self,
@@ -225,7 +257,7 @@ class DiTTask:
         *,
         sampling: Sampling,
     ) -> jax.Array:
-        """Codes (B, T, H, W) int32 for text (B, S, D) from noise (B, T, H, W, channels).
+        """Codes (B, T, H, W) int32 for text (B, S, D) from `noise` of this shape.
 
         Args:
           keys_B: for samplers that draw more noise, for each example by its key.
@@ -240,11 +272,16 @@ class DiTTask:
             out = twice(x.repeat(2, axis=0), time_B.repeat(2))
             return out[::2], out[1::2]
 
-        guided = samplers.guide(conditional, both, sampling)
+        # Of logits, too, guidance is that of what a linear layer makes them of.
+        n_guided = self.objective.sizes(self.latents).n_guided
+        guided = samplers.guide(conditional, both, sampling, n_guided)
 
         def draw(step):
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-            return jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:]))(keys)
+            return jax.vmap(lambda key: self.noise(key, noise.shape[1:4]))(keys)
 
-        x_0 = self.objective.sample(guided, noise, sampling, None if keys_B is None else draw)
-        return self.latents.to_codes(x_0)
+        return self.objective.sample(
+            Network(guided, conditional.to_logits),
+            *(self.latents, noise, sampling),
+            None if keys_B is None else draw,
+        )

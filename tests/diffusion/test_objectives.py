@@ -24,7 +24,7 @@ def test_ddpm_trains_on_error_and_bound_at_a_thousandth_of_a_level():
         seen.append(time_B)
         return output
 
-    loss = DDPM().loss(network, x_0, noise, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))
+    loss = DDPM().error(network, x_0, noise, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))
     assert seen[0].tolist() == [100, 300, 500, 700, 900]
     steps = jnp.array([100, 300, 500, 700, 900])
     both = ddpm.loss(ddpm.linear_schedule(), lambda *_: output, x_0, noise, steps)
@@ -55,7 +55,7 @@ def test_ddpm_samples_what_an_exact_network_knows():
     draws = jnp.asarray(normal(2, 10, 4, 2, 3))
     for name in DDPM.samplers:
         sampling = Sampling(steps=10, sampler=name)
-        x = DDPM().sample(network, noise, sampling, lambda step: draws[step])
+        x = DDPM().denoise(network, noise, sampling, lambda step: draws[step])
         np.testing.assert_allclose(x, np.broadcast_to(point, x.shape), atol=1e-3)
 
 
@@ -65,7 +65,7 @@ def test_flow_shifts_the_levels_of_training_and_of_sampling():
     np.testing.assert_array_equal(levels, flow.sample_times(key, 8, 3.0))
     # With a constant velocity of one, samples see every time; the network sees thousandths.
     noise = jnp.zeros((1, 2, 3))
-    x = RectifiedFlow(time_shift=3.0).sample(
+    x = RectifiedFlow(time_shift=3.0).denoise(
         lambda x, time_B: jnp.broadcast_to(time_B[:, None, None] / 1000, x.shape),
         noise,
         Sampling(steps=2),
@@ -77,7 +77,7 @@ def test_each_objective_names_its_samplers():
     for objective, other in ((RectifiedFlow(), "ancestral"), (DDPM(), "heun")):
         known = ", ".join(objective.samplers)
         with pytest.raises(ValueError, match=rf"sampler='{other}': .*{re.escape(known)}, those of"):
-            objective.sample(lambda x, _: x, jnp.zeros((1, 2)), Sampling(2, sampler=other))
+            objective.denoise(lambda x, _: x, jnp.zeros((1, 2)), Sampling(2, sampler=other))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -97,7 +97,7 @@ def test_ddim_with_any_eta_keeps_a_gaussian(eta):
 
     noise = jax.random.normal(jax.random.key(1), (20_000, 1))
     sampling = Sampling(steps=200, eta=eta)
-    x = jax.jit(lambda z: DDPM().sample(network, z, sampling, draw))(noise)
+    x = jax.jit(lambda z: DDPM().denoise(network, z, sampling, draw))(noise)
     assert float(x.mean()) == pytest.approx(mean, abs=0.02)
     assert float(x.std()) == pytest.approx(variance**0.5, rel=0.04)
     # Without new noise, and only then, the way is the noise's own.

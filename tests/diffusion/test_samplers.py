@@ -120,8 +120,9 @@ def both_of(conditional, unconditional):
     return lambda x, t: (conditional(x, t), unconditional(x, t))
 
 
-def guide(conditional, unconditional, **fields):
-    return samplers.guide(conditional, both_of(conditional, unconditional), Sampling(**fields))
+def guide(conditional, unconditional, n_guided=None, **fields):
+    both = both_of(conditional, unconditional)
+    return samplers.guide(conditional, both, Sampling(**fields), n_guided)
 
 
 def test_guidance_goes_past_the_conditional():
@@ -146,7 +147,7 @@ def test_learned_variances_are_not_guided():
         return jnp.concatenate([x, 7 * x], axis=-1)
 
     x = jnp.array([[1.0, 2.0]])
-    guided = guide(conditional, unconditional, guidance=4.0)
+    guided = guide(conditional, unconditional, n_guided=2, guidance=4.0)
     np.testing.assert_allclose(guided(x, jnp.ones(1)), [[9, 18, 5, 10]])
 
 
