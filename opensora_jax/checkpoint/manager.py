@@ -247,16 +247,27 @@ class Checkpoints:
 
 
 def restore_items(
-    folder: epath.PathLike, like: Mapping[str, PyTree], *, name: str = FOLDER
+    folder: epath.PathLike,
+    like: Mapping[str, PyTree],
+    *,
+    name: str = FOLDER,
+    step: int | None = None,
 ) -> dict[str, PyTree]:
-    """Items of the last whole checkpoint in `folder`, placed as `like`, arrays or shapes.
+    """Items of a checkpoint in `folder`, placed as `like`, arrays or shapes.
+
+    Args:
+      step: of the checkpoint; None: the last that is whole.
 
     Raises:
       FileNotFoundError: there is none.
       ValueError: it is of other arrays.
     """
     folder = files.absolute(folder) / name
-    step = _last_whole(folder, items=(*like, _ABOUT))
+    if step is None:
+        step = _last_whole(folder, items=(*like, _ABOUT))
+    elif not (folder / str(step)).exists():
+        there = sorted(ocp.utils.checkpoint_steps(folder))
+        raise FileNotFoundError(f"{folder}: no step {step}: expected one of {there}")
     if step is None:
         raise FileNotFoundError(f"{folder}: no checkpoint")
     return _restore(folder, step, like, None)[0]

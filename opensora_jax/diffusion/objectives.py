@@ -7,6 +7,7 @@ Shape suffixes: B batch; C channels of a latent video, its last dimension.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -362,7 +363,7 @@ class Metric(_OnCodes):
 
     def loss(self, network, codes, x, noise, level_B):
         beta = jnp.broadcast_to(self.beta(level_B)[:, None, None, None], x.shape)
-        x_t = self._by_digit(codes, discrete.on_path, x, beta=beta, uniform=noise)
+        x_t = self._by_digit(codes, discrete.on_path, [x], [beta], noise)
         out = network(codes.from_codes(x_t), level_B * TIME_SCALE)
         return jnp.mean(self._cross_entropy(network, codes, out, x), axis=(1, 2, 3))
 
@@ -382,32 +383,32 @@ class Metric(_OnCodes):
                 jnp.broadcast_to(b, x.shape) for b in (betas[i], betas[i + 1] - betas[i])
             )
             return self._by_digit(
-                *(codes, discrete.jump, x, clean(x, i)),
-                beta=beta,
-                increase=increase,
-                uniform=draw(2 * i + 1),
+                codes, discrete.jump, [x, clean(x, i)], [beta, increase], draw(2 * i + 1)
             )
 
         last = sampling.steps - 1
         x = jax.lax.fori_loop(0, last, step, discrete.from_digits(start, sizes))
         return clean(x, last)
 
-    def _by_digit(self, codes, function, *x, uniform, **given):
-        """function of each digit of codes x, (B, T, H, W) each, back to codes."""
+    def _by_digit(
+        self,
+        codes: Codes,
+        function: Callable[..., jax.Array],
+        xs: Sequence[jax.Array],
+        given: Sequence[jax.Array],
+        uniform: jax.Array,
+    ) -> jax.Array:
+        """Codes of function(table, *digits of xs, *given, uniform) of each digit."""
         tables = codes.digits()
         sizes = [len(table) for table in tables]
-        names, values = given.keys(), given.values()
-        found = []
-        for i, table in enumerate(tables):
-            digits = [discrete.to_digits(one, sizes)[i] for one in x]
-
-            def of_parts(uniform, *rest, table=table):
-                digits, values = rest[: len(x)], rest[len(x) :]
-                return function(
-                    table, *digits, uniform=uniform, **dict(zip(names, values, strict=True))
-                )
-
-            found.append(discrete.in_parts(of_parts, sizes[i], uniform[..., i], *digits, *values))
+        digits = [discrete.to_digits(x, sizes) for x in xs]
+        found = [
+            discrete.in_parts(
+                functools.partial(function, table),
+                *(len(table), *(x[i] for x in digits), *given, uniform[..., i]),
+            )
+            for i, table in enumerate(tables)
+        ]
         return discrete.from_digits(found, sizes)
 
 

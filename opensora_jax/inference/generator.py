@@ -173,11 +173,14 @@ class Generator:
         """
         return cls(DiTDescription.read(folder), mesh=mesh)
 
-    def restore(self, folder: epath.PathLike, *, best: bool = False) -> PyTree:
+    def restore(
+        self, folder: epath.PathLike, *, best: bool = False, step: int | None = None
+    ) -> PyTree:
         """The averaged weights of the last checkpoint in `folder`, sharded, in the compute dtype.
 
         Args:
           best: those of the lowest validation loss instead.
+          step: those of this step, if its checkpoint was kept.
 
         Raises:
           FileNotFoundError: none there, or none that is not damaged.
@@ -190,7 +193,7 @@ class Generator:
             shardings,
         )
         name = checkpoint.BEST if best else checkpoint.FOLDER
-        params = checkpoint.restore_items(folder, {"ema": like}, name=name)["ema"]
+        params = checkpoint.restore_items(folder, {"ema": like}, name=name, step=step)["ema"]
         return self.task.cast(params)
 
     def latent_grid(
