@@ -144,7 +144,12 @@ def test_numbers_are_finite_of_the_right_type_and_not_negative(name):
         ("dit.depth", 6, "0, since dit.size=B says it: drop the one or the other"),
         ("dit.heads", 6, "0, since dit.size=B says it"),
         ("dit.text_mode", "concat", "one of cross_attention, in_context"),
-        ("dit.objective", "edm", "one of flow, ddpm"),
+        ("dit.objective", "edm", "one of flow, ddpm, masked, metric"),
+        ("dit.code_head", "both", "one of auto, joint, factorized"),
+        ("dit.code_head", "joint", "auto, since dit.objective is flow"),
+        ("dit.beta_scale", 0.0, "a positive number"),
+        ("sample.top_p", 0.0, "a number above 0, at most 1"),
+        ("sample.temperature", 0.5, "1, since dit.objective is flow"),
         ("dit.prediction", "noise", "one of auto, velocity, data"),
         (
             "sample.sampler",

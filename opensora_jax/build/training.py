@@ -20,7 +20,7 @@ from opensora_jax import mesh as mesh_lib
 from opensora_jax.build import networks
 from opensora_jax.convert import vgg
 from opensora_jax.diffusion import objectives
-from opensora_jax.diffusion.objectives import Objective
+from opensora_jax.diffusion.objective import Objective
 from opensora_jax.diffusion.samplers import Sampling
 from opensora_jax.models import dit, flops
 from opensora_jax.models.dit import DiTConfig

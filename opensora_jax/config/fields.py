@@ -8,7 +8,8 @@ from typing import Any
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.config.stages import STAGES
 from opensora_jax.diffusion import flow
-from opensora_jax.diffusion.objectives import CODE_HEADS, OBJECTIVES
+from opensora_jax.diffusion.objectives import OBJECTIVES
+from opensora_jax.diffusion.on_codes import CODE_HEADS
 from opensora_jax.models import attention, dit
 from opensora_jax.tasks.vqvae import ARCHITECTURES
 from opensora_jax.train.optim import OPTIMIZERS

@@ -108,6 +108,12 @@ def _check_models(c: ConfigDict) -> None:
             raise_invalid(c, "dit.time_shift", f"auto or 1, {since}")
         if c.sample.steps > ddpm.N_STEPS:
             raise_invalid(c, "sample.steps", f"at most {ddpm.N_STEPS}, {since}")
+    if c.dit.objective in ("flow", "ddpm"):
+        if c.dit.code_head != "auto":
+            raise_invalid(c, "dit.code_head", f"auto, {since}")
+        for name in ("temperature", "top_p"):
+            if c.sample[name] != 1:
+                raise_invalid(c, f"sample.{name}", f"1, {since}")
     known = ("auto", *OBJECTIVES[c.dit.objective].samplers)
     if c.sample.sampler not in known:
         raise_invalid(c, "sample.sampler", f"one of {', '.join(known)}, {since}")

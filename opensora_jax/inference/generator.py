@@ -17,7 +17,7 @@ from opensora_jax.build import networks
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import pipeline, video_io
 from opensora_jax.diffusion import objectives
-from opensora_jax.diffusion.objectives import Objective
+from opensora_jax.diffusion.objective import Objective
 from opensora_jax.diffusion.samplers import Sampling
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import decode, load_tokenizer

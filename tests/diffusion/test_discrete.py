@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from opensora_jax.diffusion import discrete
-from opensora_jax.diffusion.objectives import Masked, Metric, Network
+from opensora_jax.diffusion.objective import Network
+from opensora_jax.diffusion.on_codes import Masked, Metric
 from opensora_jax.diffusion.samplers import TIME_SCALE, Sampling
 from opensora_jax.models.fsq import FSQ
 from opensora_jax.tasks.dit import Latents

@@ -1,4 +1,4 @@
-"""The dit stage: over eight devices, from a checkpoint of facebookresearch/DiT, and with DDPM."""
+"""The dit stage: over eight devices, from facebookresearch/DiT's weights, with each objective."""
 
 import contextlib
 import functools
@@ -293,13 +293,16 @@ def write_two_videos(folder):
 
 
 @pytest.mark.slow
-def test_ddpm_learns_two_videos_and_samples_them(tmp_path):
+@pytest.mark.parametrize("objective", ["ddpm", "masked", "metric"])
+def test_each_objective_learns_two_videos_and_samples_them(tmp_path, objective):
     captions, codes = write_two_videos(tmp_path / "dataset")
-    fields = """
-        dit.objective=ddpm dit.size= dit.depth=1 dit.width=64 dit.heads=2 dit.text_mode=in_context
-        dit.validation_share=0 dit.batch_size=32 dit.steps=300 dit.learning_rate=5e-3
+    sampler = "ancestral" if objective == "ddpm" else "auto"
+    fields = f"""
+        dit.objective={objective} sample.sampler={sampler} dit.size= dit.depth=1 dit.width=64
+        dit.heads=2 dit.text_mode=in_context dit.validation_share=0 dit.batch_size=32
+        dit.steps=300 dit.learning_rate=5e-3
         dit.warmup_steps=0 dit.ema_decay=0.95 dit.remat=none dit.checkpoint_every=300
-        sample.sampler=ancestral sample.guidance=1
+        sample.guidance=1
     """
     command = [sys.executable, "-m", "opensora_jax.main", "--config=configs/default.py"]
     command += [f"--workdir={tmp_path}", "--config.stages=('dit',)"]
@@ -327,7 +330,15 @@ def test_ddpm_learns_two_videos_and_samples_them(tmp_path):
     assert same.sum() >= 6
 
     description = checkpoint.read_model(folder)
-    assert description["dit"]["out_channels"] == 2 * description["dit"]["channels"]
+    channels, out = (description["dit"][name] for name in ("channels", "out_channels"))
+    assert (channels, out) == {
+        "ddpm": (DIM, 2 * DIM),
+        "masked": (DIM + 1, out),
+        "metric": (DIM, out),
+    }[objective]
+    assert description["dit"]["n_codes"] == (None if objective == "ddpm" else N_CODES)
     config = make_config(tmp_path / "dataset", init_from="", depth=1)
-    with pytest.raises(ValueError, match=r"other settings: .*objective='flow', there 'ddpm'"):
+    with pytest.raises(
+        ValueError, match=f"other settings: .*objective='flow', there '{objective}'"
+    ):
         stage.run(config, tmp_path)
