@@ -39,7 +39,8 @@ class Latents:
     def normalized(
         cls, codebook: np.ndarray, code_counts: np.ndarray, levels: tuple[int, ...] = ()
     ) -> "Latents":
-        """Embeddings of mean 0 and variance 1 in each channel over the data's codes.
+        """Embeddings of mean 0 and variance 1 in each channel over the data's codes, of less where
+        the data's vary little among all of the codebook: noise may be any.
 
         Args:
           codebook: (n_codes, dim) float32.
@@ -48,7 +49,8 @@ class Latents:
         share = (code_counts / code_counts.sum())[:, None]
         mean = (codebook * share).sum(axis=0)
         std = np.sqrt((((codebook - mean) ** 2) * share).sum(axis=0))
-        table = np.asarray((codebook - mean) / np.maximum(std, 1e-6), np.float32)
+        std = np.maximum(std, np.maximum(codebook.std(axis=0) / 2, 1e-6))
+        table = np.asarray((codebook - mean) / std, np.float32)
         return cls(table, levels)
 
     def n_components(self, code_counts: np.ndarray, variance: float) -> int:

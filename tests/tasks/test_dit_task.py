@@ -150,3 +150,15 @@ def test_codes_of_a_grid_are_found_by_rounding(components):
     else:
         assert codes.shape == (len(grid),)
         assert codes.max() < len(grid)
+
+
+def test_what_the_data_never_shows_is_not_blown_up():
+    """A bit of a grid that all of the data has alike: codes of noise have the other."""
+    levels = (4, 2)
+    grid = np.asarray(FSQ(levels).codebook())
+    counts = np.array([5, 3, 2, 4, 0, 0, 0, 0])
+    table = Latents.normalized(grid, counts, levels).table
+    np.testing.assert_allclose(np.ptp(table[:, 1]), 4, rtol=1e-5)
+    share = counts / counts.sum()
+    np.testing.assert_allclose(share @ table, 0, atol=1e-6)
+    np.testing.assert_allclose(share @ table[:, 0] ** 2, 1, rtol=1e-5)
