@@ -18,6 +18,7 @@ setup(
         "orbax-checkpoint",
         "grain",
         "etils[epath]",
+        "fsspec",
         "ml-collections",
         "absl-py",
         "numpy",

@@ -32,6 +32,11 @@ def get_config() -> ConfigDict:
     # Arrow dataset to train the DiT on, or several of other sizes, with a comma between two; empty:
     # WORKDIR/dataset.
     c.data.dataset = ""
+    # Rows of the dataset are read where they are, in an object store or a mounted bucket, when they
+    # are needed, instead of copying it to each machine first: for what is larger than a disk.
+    c.data.stream = False
+    c.data.cache_gb = 50.0  # of rows that were read so, kept on each machine; 0: none
+    c.data.cache_dir = ""  # where; empty: ~/.cache/opensora_jax/rows
     c.data.vqvae = ""  # VQ-VAE folder or VideoGPT checkpoint; empty: WORKDIR/vqvae
     c.data.text_model = ""  # CLIP folder or hub name; empty: a small random one, made on the spot
 

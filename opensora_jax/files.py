@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,18 +198,19 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opensora_jax"
 
 
-def fetch(folder: epath.PathLike, key: str) -> Path:
+def fetch(folder: epath.PathLike, key: str, names: Iterable[str] | None = None) -> Path:
     """A folder of this machine's with the files of `folder`: an object store's are copied, once.
 
     Args:
       key: the file by which versions of the folder are told apart.
+      names: of the files that are needed; None: all.
     """
     folder = epath.Path(folder)
     if not is_remote(folder):
         return Path(folder)
     version = hashlib.sha256(f"{folder}\n".encode() + (folder / key).read_bytes()).hexdigest()
     copy = cache() / "fetched" / version[:16]
-    for path in walk(folder):
+    for path in walk(folder) if names is None else map(folder.joinpath, names):
         _copy(path, copy / path.relative_to(folder))
     return copy
 

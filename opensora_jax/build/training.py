@@ -19,6 +19,7 @@ from opensora_jax import files, hardware
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.build import networks
 from opensora_jax.convert import vgg
+from opensora_jax.data.streaming import Streaming
 from opensora_jax.diffusion import objectives
 from opensora_jax.diffusion.objective import Objective
 from opensora_jax.diffusion.samplers import Sampling
@@ -308,6 +309,12 @@ def dataset_folders(config: ConfigDict, workdir: epath.PathLike) -> list[epath.P
     """What the DiT is trained on: the datasets of `config.data.dataset`, or `made_datasets`."""
     names = config.data.dataset
     return [epath.Path(n) for n in names.split(",")] if names else made_datasets(config, workdir)
+
+
+def streaming(c: ConfigDict) -> Streaming | None:
+    """How `config.data` c reads a dataset where it is; None: it does not."""
+    folder = Path(c.cache_dir) if c.cache_dir else files.cache() / "rows"
+    return Streaming(folder, int(c.cache_gb * 1e9)) if c.stream else None
 
 
 def made_datasets(config: ConfigDict, workdir: epath.PathLike) -> list[epath.Path]:

@@ -142,6 +142,11 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "caption_column": text,
         "workers": at_least(0),
         "dataset": text,
+        "stream": true_or_false,
+        "cache_gb": not_negative,
+        "cache_dir": Rule(
+            lambda v: text.test(v) and "://" not in v, "a folder of this machine's, or empty"
+        ),
         "vqvae": text,
         "text_model": text,
     },

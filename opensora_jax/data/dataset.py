@@ -29,6 +29,7 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -47,6 +48,7 @@ from opensora_jax.data.parts import (
     is_file_name,
     read_json,
 )
+from opensora_jax.data.streaming import StreamedParts, Streaming
 from opensora_jax.files import short
 from opensora_jax.windows import Windows
 
@@ -94,6 +96,7 @@ class LatentDataset:
       code_counts: (n_codes,) int64, how often each code occurs in the videos.
       grid: (H, W) of the latents.
       index: where every row lies.
+      streamed: what reads the rows where they are; None: they are in files of this machine's.
     """
 
     def __init__(
@@ -103,11 +106,16 @@ class LatentDataset:
         codebook: np.ndarray,
         code_counts: np.ndarray,
         index: Index,
-        parts: Parts,
+        parts: Parts | StreamedParts,
+        reopen: tuple[Any, ...],
     ):
         self.folder, self.metadata, self.codebook = folder, metadata, codebook
         self.code_counts, self.index, self._parts = code_counts, index, parts
-        self.grid = _grid(metadata)
+        self.grid, self._reopen = _grid(metadata), reopen
+
+    @property
+    def streamed(self) -> StreamedParts | None:
+        return self._parts if isinstance(self._parts, StreamedParts) else None
 
     def __len__(self) -> int:
         return len(self.index.row_video)
@@ -150,16 +158,16 @@ class LatentDataset:
 
     def has_column(self, name: str) -> bool:
         """Whether rows have another column, such as caption."""
-        return any(name in batch.table.schema.names for batch, _ in self._places(0))
+        return any(name in batch.names for batch, _ in self._places(0))
 
     def column(self, index: int, name: str):
         """The value of another column, such as caption, in row `index`, as a Python value."""
         index = self._checked(index)
         places = self._places(index)
         for batch, i in places:
-            if name in batch.table.schema.names:
-                return batch.table.column(name)[i].as_py()
-        names = {name for batch, _ in places for name in batch.table.schema.names}
+            if name in batch.names:
+                return batch.value(name, i)
+        names = {name for batch, _ in places for name in batch.names}
         raise DatasetError(f"{self.folder}: no column {name!r}: {short(sorted(names))}")
 
     def __repr__(self) -> str:
@@ -169,7 +177,7 @@ class LatentDataset:
         return f"LatentDataset(n_rows={len(self)}, {known})"
 
     def __reduce__(self):
-        return open_dataset, (self.folder,)  # data workers map the files anew
+        return open_dataset, self._reopen  # data workers map the files anew
 
     def _checked(self, index) -> int:
         index = int(index)
@@ -211,30 +219,47 @@ def read_metadata(folder: epath.PathLike) -> dict:
     return read_json(epath.Path(folder) / "metadata.json")
 
 
-def open_dataset(folder: str | os.PathLike) -> LatentDataset:
+def open_dataset(folder: str | os.PathLike, streaming: Streaming | None = None) -> LatentDataset:
     """Opens a dataset and checks what it says of itself; parts are checked when first used.
 
     Of one without an index, flat and made by others or by an earlier version, all parts are read.
-    One in an object store (gs://...) is copied to this machine first.
+    One in an object store (gs://...) is copied to this machine first, but for its parts where it
+    is streamed.
+
+    Args:
+      streaming: rows are read where they are; None: they are mapped from files of this machine.
 
     Raises:
       DatasetError: not finished, a file, key or column is missing, or something does not fit:
         codes outside the codebook, text features of another width, ragged rows, ...
     """
-    folder = files.fetch(folder, "metadata.json")
+    address, reopen, needed = folder, (folder, streaming), None
+    if streaming:
+        found = complete_metadata(folder)
+        needed = {"metadata.json", found["codebook"], *found.get(FILES, ())}
+    folder = files.fetch(folder, "metadata.json", needed)
     metadata = complete_metadata(folder)
     sums = metadata.get(FILES, {})
     path = folder / metadata["codebook"]
     codebook = _read_codebook(path, metadata["n_codes"])
     parts.expect_checksum(path, sums.get(metadata["codebook"]))
+    if not sums and streaming:
+        raise DatasetError(
+            f"{address}: has no index, as datasets of others and of earlier versions: expected one "
+            "that this version made, or data.stream=False"
+        )
     if not sums:
         return _scan(folder, metadata, codebook)
     index = Index.load(folder, sums)
     parts.expect_checksum(folder / parts.LIST, sums.get(parts.LIST, ""))
-    opened = _parts(*parts.listed(folder), metadata)
+    listed = parts.listed(folder)
+    if streaming:
+        opened = StreamedParts(address, streaming, metadata, index, _grid(metadata), *listed)
+    else:
+        opened = _parts(*listed, metadata)
     parts.expect_checksum(folder / CODE_COUNTS, sums.get(CODE_COUNTS, ""))
     counts = np.load(folder / CODE_COUNTS, allow_pickle=False)
-    found = LatentDataset(folder, metadata, codebook, counts, index, opened)
+    found = LatentDataset(folder, metadata, codebook, counts, index, opened, reopen)
     if metadata.get("n_rows") != len(found):
         n_rows = short(metadata.get("n_rows"))
         raise DatasetError(
@@ -294,7 +319,7 @@ def _scan(folder: Path, metadata: dict, codebook: np.ndarray) -> LatentDataset:
         text_ends=np.array(ends),
         video_hashes=np.zeros(0, np.uint64),
     )
-    return LatentDataset(folder, metadata, codebook, counts, index, opened)
+    return LatentDataset(folder, metadata, codebook, counts, index, opened, (folder,))
 
 
 def _known_counts(path: Path, metadata: dict, n_values: int) -> np.ndarray:

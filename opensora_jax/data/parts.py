@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -116,6 +117,15 @@ class Batch:
     table: pa.RecordBatch
     codes: arrow.Column | None
     text: arrow.Column | None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the columns."""
+        return self.table.schema.names
+
+    def value(self, name: str, i: int) -> Any:
+        """Of a column, as a Python value."""
+        return self.table.column(name)[i].as_py()
 
 
 class Table:

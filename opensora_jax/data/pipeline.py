@@ -5,6 +5,7 @@ Each process loads its own indices of every batch. The iterators have Grain's `g
 on any number of processes.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -161,17 +162,23 @@ def _batches(
     seed: int,
     indices: Sequence[int] | None,
     n_threads: int = 2,
+    pool: concurrent.futures.Executor | None = None,
 ) -> grain.IterDataset:
     """Batches of what `load` makes of items, of which only `indices` are loaded.
 
     Items are dealt to indices, and each index has its generator, before anything is loaded: all
     processes together load the same batch, in the same order, however many they are.
+
+    Args:
+      n_threads: that load a batch each.
+      pool: loads the examples of a batch beside each other; None: one after the other.
     """
+    in_order = pool.map if pool else map
     chosen = range(batch_size) if indices is None else indices
 
     def load_batch(batch: list[int], rng: np.random.Generator) -> dict[str, np.ndarray]:
         seeds = rng.integers(2**63, size=batch_size)
-        examples = [load(batch[i], np.random.default_rng(seeds[i])) for i in chosen]
+        examples = list(in_order(lambda i: load(batch[i], np.random.default_rng(seeds[i])), chosen))
         return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
 
     batches = items.batch(batch_size, drop_remainder=True, batch_fn=list)
@@ -254,6 +261,9 @@ def _bucket_batches(bucket: Bucket, text_length: int, seed: int | None) -> grain
         batch_size=bucket.batch_size,
         seed=seed or 0,
         indices=bucket.indices,
+        # A store's pauses are bridged by what is read ahead: two batches a thread.
+        n_threads=4 if dataset.streamed else 2,
+        pool=dataset.streamed.pool if dataset.streamed else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from opensora_jax.convert.dit import open_blocks
 from opensora_jax.data import dataset, pipeline
 from opensora_jax.data.dataset import LatentDataset
 from opensora_jax.data.parts import TEXT, DatasetError
+from opensora_jax.data.streaming import readings
 from opensora_jax.diffusion import objectives
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.tasks.dit import DiTTask, Latents
@@ -60,7 +61,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
         _expect_same_model(c, folder)
         logger.info("dit: %s: done already", folder)
         return
-    sets = [dataset.open_dataset(path) for path in build.dataset_folders(config, workdir)]
+    streaming = build.streaming(config.data)
+    folders = build.dataset_folders(config, workdir)
+    sets = [dataset.open_dataset(path, streaming) for path in folders]
     _expect_alike(sets)
     data, mesh = sets[0], mesh_lib.make_mesh(config.mesh)
     lengths = np.atleast_1d(
@@ -120,11 +123,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
         settings=build.loop_settings(c, config.profile),
         step_settings=training.step_settings,
         throughput=training.throughput,
+        loading=_loading(sets) if streaming else None,
         evaluations=evaluations,
         start_from=start_from,
         config=build.recorded(config, "dit", "sample"),
     )
     build.mark_trained(folder, c.steps)
+
+
+def _loading(sets: Sequence[LatentDataset]) -> Callable[[], dict[str, float]]:
+    """What tells for the log how fast datasets were read where they are."""
+    n = jax.process_count()
+    return lambda: readings([part.streamed for part in sets if part.streamed], n)
 
 
 def _expect_same_model(c: ConfigDict, folder: epath.Path) -> None:
@@ -259,8 +269,12 @@ def _prompts(
     rows = validation[0].rows if validation else np.arange(min(200, len(data)))
     data = validation[0].dataset if validation else data
     if data.has_column("caption"):
-        captions = dict.fromkeys(data.column(int(i), "caption") for i in rows[:200])
-        return list(captions)[:N_PROMPTS]
+        captions: dict[str, None] = {}
+        for i in rows[:200]:
+            captions[data.column(int(i), "caption")] = None
+            if len(captions) == N_PROMPTS:
+                break
+        return list(captions)
     return {f"row {i}": data[int(i)][TEXT] for i in rows[:N_PROMPTS]}
 
 

@@ -59,6 +59,7 @@ def fit(
     settings: LoopSettings,
     step_settings: StepSettings,
     throughput: Throughput,
+    loading: Callable[[], dict[str, float]] | None = None,
     evaluations: Sequence[Evaluation] = (),
     start_from: Callable[[], Mapping[str, Any]] = dict,
     config: Mapping[str, Any] | None = None,
@@ -67,6 +68,8 @@ def fit(
 
     Args:
       batches: a Grain iterator (`get_state`, `set_state`) of this process's share of each batch.
+      loading: called at log steps; how fast batches were loaded since, to be logged beside how fast
+        steps could have taken them.
       start_from: called where there is no checkpoint; gives `state.create` the parameters that a
         new training starts from, the others being random.
       config: kept with the checkpoints, for JSON.
@@ -86,7 +89,7 @@ def fit(
         contextlib.closing(Checkpoints(folder, config=config, **kept)) as checkpoints,
         contextlib.closing(Best(folder)) as best,
     ):
-        window = monitor.Window(throughput)
+        window = monitor.Window(throughput, loading)
         health = monitor.Health(settings.max_skipped_steps)
 
         # Restore.

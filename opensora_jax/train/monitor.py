@@ -28,20 +28,28 @@ class Window:
 
     `close` and `pending` alone fetch numbers from the device; `add` only keeps the host from
     running ahead of it by more than two steps.
+
+    Args:
+      loading: of `loop.fit`.
     """
 
-    def __init__(self, throughput: Throughput):
-        self._throughput = throughput
+    def __init__(
+        self, throughput: Throughput, loading: Callable[[], dict[str, float]] | None = None
+    ):
+        self._throughput, self._loading = throughput, loading
         self._restart([])
 
     def _restart(self, steps: list[Metrics]) -> None:
         self._steps, self._n_before = steps, len(steps)
         self._waited, self._since = 0.0, time.perf_counter()
+        self._sizes: list[int] = []
 
     def timed(self, draw: Callable[[], Any]) -> Any:
         """The result of `draw`; its time counts as waiting if the device ran out of work."""
         start = time.perf_counter()
         batch = draw()
+        if self._loading is not None:
+            self._sizes.append(len(jax.tree.leaves(batch)[0]))
         running = self._steps[-1]["loss"] if self._steps else None
         if not isinstance(running, jax.Array) or running.is_ready():
             self._waited += time.perf_counter() - start
@@ -89,6 +97,11 @@ class Window:
             "tokens_per_second": n * throughput.tokens_per_step / elapsed,
             "data_wait_share": self._waited / elapsed,
         }
+        if self._loading is not None and self._sizes:
+            rows = n * float(np.mean(self._sizes))
+            # Of a loader that is never waited for.
+            speeds["rows_needed_per_second"] = rows / max(elapsed - self._waited, 1e-9)
+            speeds |= self._loading()
         if throughput.flops_per_step:
             flops = n * throughput.flops_per_step / elapsed / jax.device_count()
             speeds["tflops_per_device"] = flops / 1e12
