@@ -4,8 +4,9 @@
 
 The dataset is that of loader.py. A small server on another core answers as S3 does, each request
 after `--answer_ms`. `data.pipeline.latents` reads batches of 32, shuffled, as a training does: of a
-dataset on this machine; streamed from the server without a cache, with an empty one and with a full one; and
-streamed from the folder, as from a mounted bucket. All of it in one process that may use one core.
+dataset on this machine; streamed from the server, without a cache, with an empty one and with a
+full one; and streamed from the folder, as from a mounted bucket. All of it in one process that may
+use one core.
 """
 
 import argparse
@@ -95,7 +96,10 @@ def read(address: str | Path, streaming: Streaming | None, n: int) -> tuple[floa
     for _ in itertools.islice(batches, n // loader.BATCH):
         pass
     seconds = time.perf_counter() - start
-    return seconds, readings([dataset.streamed], 1) if dataset.streamed else {}
+    if not dataset.streamed:
+        return seconds, {}
+    dataset.streamed.close()
+    return seconds, readings([dataset.streamed], 1)
 
 
 def main() -> None:

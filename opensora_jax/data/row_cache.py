@@ -85,7 +85,7 @@ class RowCache:
                 return
             total = self._read_total()
             if total + size > self._most:
-                total = self._make_room()
+                total -= self._make_room()
             if total + size > self._most:
                 self._full = True
                 self._write_total(total)
@@ -94,7 +94,8 @@ class RowCache:
             self._being_written.add(key)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.parent.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 file.write(data)
                 file.write(_crc(data))
@@ -119,13 +120,15 @@ class RowCache:
             self._write_total(self._read_total() - _size(n_bytes))
 
     def _make_room(self) -> int:
-        """Removes datasets that nobody has open; returns the bytes of what is left."""
+        """Removes datasets that nobody has open; returns the bytes of what they held."""
+        removed = 0
         for folder in sorted(filter(Path.is_dir, self._root.iterdir())):
             with _open(folder / _OPEN) as opened:
                 if folder != self._folder and _is_free(opened):
                     logger.info("%s: removed, to make room", folder)
+                    removed += sum(size for _, size in _pieces(folder))
                     shutil.rmtree(folder, ignore_errors=True)
-        return sum(size for _, size in _pieces(self._root))
+        return removed
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -160,22 +163,21 @@ def _is_free(opened: IO[bytes]) -> bool:
 def _clean(root: Path) -> int:
     """Removes what was left half-written; returns the bytes of what is whole."""
     total = 0
-    for path, size in _pieces(root):
-        if path.endswith(".tmp"):
-            os.unlink(path)
-        else:
-            total += size
+    for folder in filter(Path.is_dir, root.iterdir()):
+        for path, size in _pieces(folder):
+            if path.endswith(".tmp"):
+                os.unlink(path)
+            else:
+                total += size
     return total
 
 
-def _pieces(root: Path) -> Iterator[tuple[str, int]]:
-    """The files of all pieces, and what they take on the disk."""
-    for folder in filter(Path.is_dir, root.iterdir()):
-        for below in filter(Path.is_dir, folder.iterdir()):
-            with os.scandir(below) as found:
-                for entry in found:
-                    with contextlib.suppress(FileNotFoundError):
-                        yield entry.path, _size(entry.stat().st_size)
+def _pieces(folder: Path) -> Iterator[tuple[str, int]]:
+    """The files of a dataset's pieces, and what they take on the disk."""
+    for below in filter(Path.is_dir, folder.iterdir()):
+        with os.scandir(below) as found:
+            for entry in found:
+                yield entry.path, _size(entry.stat().st_size)
 
 
 def _size(n_bytes: int) -> int:

@@ -56,6 +56,12 @@ class Store:
         self._next_line = 0.0
         self.n_retries = 0
 
+    def close(self) -> None:
+        """Nothing more is read, and nothing tried again, which a process would wait for as it
+        ends."""
+        self._failure = f"{self.address}: closed"
+        self._given_up.set()
+
     def size(self, name: str) -> int:
         """Bytes of a file.
 

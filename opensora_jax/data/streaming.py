@@ -124,6 +124,10 @@ class StreamedParts:
     def texts(self, k: int) -> "StreamedTable":
         return StreamedTable(self, TEXT, k)
 
+    def close(self) -> None:
+        """Ends reading ahead."""
+        self._store.close()
+
     def close_meters(self) -> dict[str, float]:
         """Counts since the last call: rows, and seconds of reading them; pieces that were asked of
         the cache, and found there; tries of the store that failed."""

@@ -21,7 +21,7 @@ from opensora_jax.convert.dit import open_blocks
 from opensora_jax.data import dataset, pipeline
 from opensora_jax.data.dataset import LatentDataset
 from opensora_jax.data.parts import TEXT, DatasetError
-from opensora_jax.data.streaming import readings
+from opensora_jax.data.streaming import StreamedParts, readings
 from opensora_jax.diffusion import objectives
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.tasks.dit import DiTTask, Latents
@@ -113,28 +113,33 @@ def run(config: ConfigDict, workdir: Path) -> None:
     prompts = list(config.sample.prompts) or _prompts(data, validation_part)
     samples = SampleVideos(config, folder, task, description, prompts, mesh)
     evaluations.append(loop.Evaluation(c.eval_every, samples))
-    loop.fit(
-        task,
-        training.tx,
-        training.schedule,
-        pipeline.latents(training_part, text_length=text_length, seed=config.seed),
-        mesh=mesh,
-        folder=folder,
-        settings=build.loop_settings(c, config.profile),
-        step_settings=training.step_settings,
-        throughput=training.throughput,
-        loading=_loading(sets) if streaming else None,
-        evaluations=evaluations,
-        start_from=start_from,
-        config=build.recorded(config, "dit", "sample"),
-    )
+    streamed = [part.streamed for part in sets if part.streamed]
+    try:
+        loop.fit(
+            task,
+            training.tx,
+            training.schedule,
+            pipeline.latents(training_part, text_length=text_length, seed=config.seed),
+            mesh=mesh,
+            folder=folder,
+            settings=build.loop_settings(c, config.profile),
+            step_settings=training.step_settings,
+            throughput=training.throughput,
+            loading=_loading(streamed),
+            evaluations=evaluations,
+            start_from=start_from,
+            config=build.recorded(config, "dit", "sample"),
+        )
+    finally:
+        for part in streamed:
+            part.close()
     build.mark_trained(folder, c.steps)
 
 
-def _loading(sets: Sequence[LatentDataset]) -> Callable[[], dict[str, float]]:
-    """What tells for the log how fast datasets were read where they are."""
+def _loading(streamed: Sequence[StreamedParts]) -> Callable[[], dict[str, float]] | None:
+    """What tells for the log how fast datasets were read where they are, if any are."""
     n = jax.process_count()
-    return lambda: readings([part.streamed for part in sets if part.streamed], n)
+    return (lambda: readings(streamed, n)) if streamed else None
 
 
 def _expect_same_model(c: ConfigDict, folder: epath.Path) -> None:
