@@ -133,8 +133,8 @@ def test_weights_and_averages_start_from_the_checkpoint_and_are_sharded():
     assert kernel.addressable_shards[0].data.size == kernel.size / 4
 
 
-def test_a_dataset_that_is_streamed_trains_the_same(data, tmp_path, caplog):
-    caplog.set_level("INFO")
+@pytest.mark.slow
+def test_a_dataset_that_is_streamed_trains_the_same(data, tmp_path):
     lines = {}
     for name in ("resident", "streamed"):
         config = make_config(data, steps=4, log_every=2, init_from="", validation_share=0.2)
