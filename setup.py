@@ -1,4 +1,4 @@
-"""Packaging of opensora_jax: `pip install -e .` (extras: tpu, cuda, ray, test)."""
+"""Packaging of opensora_jax: `pip install -e .` (extras: tpu, cuda, ray, tfds, test)."""
 
 from setuptools import find_packages, setup
 
@@ -41,8 +41,11 @@ setup(
         "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths
         "cuda": ["jax[cuda13]"],
         "ray": ["ray[data]"],  # preprocessing on many machines
+        "tfds": ["tensorflow-datasets", "array_record"],  # without TensorFlow
         "test": [
             "ray[data]",
+            "tensorflow-datasets",
+            "array_record",
             "moto[server]",
             "s3fs",
             "pytest",

@@ -17,7 +17,8 @@ A folder with
 
 So nothing is stored twice; `data.joined.load_joined` gives the rows as one Hugging Face dataset. A
 dataset that is flat, with a row a caption and both `*_latent_states` in each part, is read as well,
-as is a plain `save_to_disk` folder made by others with metadata.json and codebook.npy in it.
+as is a plain `save_to_disk` folder made by others with metadata.json and codebook.npy in it, and
+what `data.tfds_export` writes.
 
 Rows are read straight from the memory-mapped Arrow buffers: Hugging Face's own access by row builds
 nested Python lists, dozens of times slower.
@@ -35,8 +36,8 @@ import numpy as np
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.data import parts
-from opensora_jax.data.index import Index, smallest
+from opensora_jax.data import parts, tfds
+from opensora_jax.data.index import Index, read_codebook, smallest
 from opensora_jax.data.parts import (
     CODES,
     TEXT,
@@ -106,7 +107,7 @@ class LatentDataset:
         codebook: np.ndarray,
         code_counts: np.ndarray,
         index: Index,
-        parts: Parts | StreamedParts,
+        parts: Parts | StreamedParts | tfds.Records,
         reopen: tuple[Any, ...],
     ):
         self.folder, self.metadata, self.codebook = folder, metadata, codebook
@@ -241,7 +242,7 @@ def open_dataset(folder: str | os.PathLike, streaming: Streaming | None = None) 
     metadata = complete_metadata(folder)
     sums = metadata.get(FILES, {})
     path = folder / metadata["codebook"]
-    codebook = _read_codebook(path, metadata["n_codes"])
+    codebook = read_codebook(path, metadata["n_codes"])
     parts.expect_checksum(path, sums.get(metadata["codebook"]))
     if not sums and streaming:
         raise DatasetError(
@@ -251,12 +252,7 @@ def open_dataset(folder: str | os.PathLike, streaming: Streaming | None = None) 
     if not sums:
         return _scan(folder, metadata, codebook)
     index = Index.load(folder, sums)
-    parts.expect_checksum(folder / parts.LIST, sums.get(parts.LIST, ""))
-    listed = parts.listed(folder)
-    if streaming:
-        opened = StreamedParts(address, streaming, metadata, index, _grid(metadata), *listed)
-    else:
-        opened = _parts(*listed, metadata)
+    opened = _open_parts(folder, address, streaming, metadata, index)
     parts.expect_checksum(folder / CODE_COUNTS, sums.get(CODE_COUNTS, ""))
     counts = np.load(folder / CODE_COUNTS, allow_pickle=False)
     found = LatentDataset(folder, metadata, codebook, counts, index, opened, reopen)
@@ -273,6 +269,19 @@ def open_dataset(folder: str | os.PathLike, streaming: Streaming | None = None) 
             f"or set {CHECKSUM!r} to the former if the change is yours"
         )
     return found
+
+
+def _open_parts(folder, address, streaming, metadata, index):
+    """What reads the rows of a dataset that has an index, by its format."""
+    if metadata.get(tfds.FORMAT_KEY) == tfds.FORMAT:
+        if streaming:
+            raise DatasetError(f"{address}: a TFDS dataset: expected data.stream=False")
+        return tfds.Records(folder, len(index.row_video), metadata["n_codes"])
+    parts.expect_checksum(folder / parts.LIST, metadata[FILES].get(parts.LIST, ""))
+    listed = parts.listed(folder)
+    if streaming:
+        return StreamedParts(address, streaming, metadata, index, _grid(metadata), *listed)
+    return _parts(*listed, metadata)
 
 
 def _parts(folders: list[Path], sums, metadata: dict) -> Parts:
@@ -383,17 +392,3 @@ def checksum(metadata: dict) -> str:
     """CRC-32 of what metadata.json says, but for the checksum itself, as eight digits."""
     rest = {key: value for key, value in metadata.items() if key != CHECKSUM}
     return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
-
-
-def _read_codebook(path, n_codes):
-    try:
-        codebook = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise DatasetError(f"{path}: not a readable codebook: {short(str(error))}") from None
-    is_table = codebook.dtype.kind in "fiu" and codebook.ndim == 2 and len(codebook) == n_codes
-    if not is_table or not np.isfinite(codebook).all():
-        raise DatasetError(
-            f"{path}: {codebook.dtype} of shape {codebook.shape}: expected finite numbers of shape "
-            f"({short(n_codes)}, dim), n_codes={short(n_codes)}"
-        )
-    return codebook.astype(np.float32)

@@ -86,3 +86,22 @@ def hash_of(name: str) -> int:
     """A number in [0, 2**64) that is the same for the same name everywhere."""
     digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def read_codebook(path: Path, n_codes: int) -> np.ndarray:
+    """(n_codes, dim) float32.
+
+    Raises:
+      DatasetError: no such array.
+    """
+    try:
+        codebook = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise DatasetError(f"{path}: not a readable codebook: {short(str(error))}") from None
+    is_table = codebook.dtype.kind in "fiu" and codebook.ndim == 2 and len(codebook) == n_codes
+    if not is_table or not np.isfinite(codebook).all():
+        raise DatasetError(
+            f"{path}: {codebook.dtype} of shape {codebook.shape}: expected finite numbers of shape "
+            f"({short(n_codes)}, dim), n_codes={short(n_codes)}"
+        )
+    return codebook.astype(np.float32)

@@ -144,7 +144,8 @@ def read_video(
 
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: int = 12) -> None:
-    """Writes frames to .mp4 (H.264, yuv420p) or .gif, by suffix; same frames, same bytes.
+    """Writes frames to .mp4 (H.264, yuv420p), .mkv (H.264, RGB, every pixel as it is) or .gif, by
+    suffix; same frames, same bytes.
 
     The file appears under its name only when it is whole. A .gif's frame times are rounded to
     1/100 s, and equal neighbouring frames become one longer frame.
@@ -152,7 +153,7 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: in
     Args:
       frames: uint8 (T, H, W, 3).
       fps: MIN_FPS to MAX_FPS.
-      crf: H.264's constant rate factor, 0 (lossless) to 51; not used for .gif.
+      crf: H.264's constant rate factor, 0 (lossless) to 51; of .mp4.
 
     Raises:
       VideoError: another suffix, no such folder or none that can be written, wrong frames or rate,
@@ -161,7 +162,7 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: in
     path = Path(path)
     frames = np.asarray(frames)
     if path.suffix not in _ENCODERS:
-        raise VideoError(path, f"suffix {path.suffix!r}: expected .mp4 or .gif")
+        raise VideoError(path, f"suffix {path.suffix!r}: expected one of {' '.join(_ENCODERS)}")
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise VideoError(
             path, f"frames are {frames.dtype} {frames.shape}: expected uint8 (T, H, W, 3)"
@@ -206,12 +207,23 @@ def _write_mp4(temporary, frames, fps, crf):
         container.mux(stream.encode())
 
 
+def _write_mkv(temporary, frames, fps, crf):
+    rate = Fraction(fps).limit_denominator(1001)
+    with av.open(str(temporary), "w", format="matroska") as container:
+        options = {"qp": "0", "preset": "fast", "threads": "1", "mbtree": "0"}
+        stream = container.add_stream("libx264rgb", rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "rgb24"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
 def _write_gif(temporary, frames, fps, crf):
     milliseconds = max(10, round(100 / fps) * 10)
     iio.imwrite(temporary, frames, extension=".gif", plugin="pillow", duration=milliseconds, loop=0)
 
 
-_ENCODERS = {".mp4": _write_mp4, ".gif": _write_gif}
+_ENCODERS = {".mp4": _write_mp4, ".mkv": _write_mkv, ".gif": _write_gif}
 
 
 def _check_arguments(size, fps, start, n_frames):
