@@ -90,9 +90,10 @@ def _write(library: Any, dataset: LatentDataset, data_dir: Path, name: str) -> N
     # As which we store them; others may have more digits.
     is_half = np.array_equal(text.astype(np.float16), text)
     text_dtype = np.dtype(np.float16 if is_half else np.float32)
+    as_bytes = {"encoding": features.Encoding.BYTES}  # else a list of numbers, slow to read
     kinds = {
-        CODES: features.Tensor(shape=(None, *dataset.grid), dtype=codes.dtype),
-        TEXT: features.Tensor(shape=(None, text.shape[1]), dtype=text_dtype),
+        CODES: features.Tensor(shape=(None, *dataset.grid), dtype=codes.dtype, **as_bytes),
+        TEXT: features.Tensor(shape=(None, text.shape[1]), dtype=text_dtype, **as_bytes),
     }
     for key, kind in columns.items():
         kinds[key] = features.Text() if kind is str else features.Scalar(dtype=kind)
