@@ -4,8 +4,8 @@
 
 The captions file is a JSON list (or one object per line) of
     {"file": "video0.mp4", "captions": ["a cat sleeps", "a sleeping cat"]}
-or one of the other kinds below. Each caption becomes a row. Run the same command again to go on
-after an interruption.
+or one of the other kinds below; or both come from a dataset of TensorFlow Datasets, --tfds. Each
+caption becomes a row. Run the same command again to go on after an interruption.
 """
 
 from opensora_jax import process
@@ -13,7 +13,9 @@ from opensora_jax import process
 if __name__ == "__main__":
     process.listen()  # before the imports, which take seconds
 
-from opensora_jax import cli, runtime
+from pathlib import Path
+
+from opensora_jax import cli, files, runtime
 from opensora_jax.stages.preprocess import preprocess
 
 
@@ -23,12 +25,25 @@ def main() -> None:
     add(
         "-c",
         "--captions",
-        required=True,
         help="captions: .json, .jsonl, .csv, .tsv, .parquet, a folder of videos with a .txt beside "
         "each, a WebDataset .tar or a folder of such",
     )
-    add("-v", "--videos", required=True, help="folder that the file names are relative to")
+    add("-v", "--videos", help="folder that the file names are relative to")
     add("-o", "--output", required=True, help="folder for the dataset")
+    add(
+        "--tfds",
+        metavar="NAME",
+        help="in place of captions and videos a dataset of TensorFlow Datasets: its name, or the "
+        "folder of a prepared one; its videos are written, losslessly, into OUTPUT.tfds first",
+    )
+    add("--tfds_split", default="train", help="of --tfds: the split")
+    add("--tfds_video", default="video", help="of --tfds: the feature of videos")
+    add(
+        "--tfds_text",
+        default="caption",
+        help="of --tfds: the feature of texts, or of classes that have names; a/b is b in a",
+    )
+    add("--tfds_fps", type=float, default=8, help="of --tfds: frames a second of its videos")
     add(
         "--vqvae",
         required=True,
@@ -129,7 +144,18 @@ def main() -> None:
     arguments["resolution"] = (resolution * 2)[:2]  # one number stands for both sides
     for name in ("fps", "max_frames", "n_frames", "window", "tile"):
         arguments[name] = arguments[name] or None
-    paths = [arguments.pop(name) for name in ("captions", "videos", "output")]
+    of_tfds = {n: arguments.pop(f"tfds_{n}") for n in ("split", "video", "text", "fps")}
+    name, given = arguments.pop("tfds"), [arguments.pop("captions"), arguments.pop("videos")]
+    if (name is None and None in given) or (name is not None and given != [None, None]):
+        parser.error("expected --captions and --videos, or --tfds")
+    output = arguments.pop("output")
+    if name is not None:
+        if files.is_remote(output):
+            parser.error(f"--output {output}: expected a folder of this machine with --tfds")
+        from opensora_jax.data.tfds_videos import write_videos
+
+        given = write_videos(name, Path(f"{output}.tfds"), **of_tfds)
+    paths = [*given, output]
     arguments["columns"] = (arguments.pop("file_column"), arguments.pop("caption_column"))
     runtime.keep_compiled_programs()
     preprocess(*paths, **arguments)
