@@ -134,6 +134,7 @@ def command(*words):
     )
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_dataset_of_it(prepared, videos, tmp_path):
     from made_world import save_vqvae
 
