@@ -137,7 +137,9 @@ def test_weights_and_averages_start_from_the_checkpoint_and_are_sharded():
 def test_a_dataset_that_is_streamed_trains_the_same(data, tmp_path):
     lines = {}
     for name in ("resident", "streamed"):
-        config = make_config(data, steps=4, log_every=2, init_from="", validation_share=0.2)
+        sizes = {"depth": 1, "width": 24, "heads": 2}
+        config = make_config(data, steps=4, log_every=2, init_from="", **sizes)
+        config.mesh.update({"data": 8, "fsdp": 1, "tensor": 1})
         config.data.stream = name == "streamed"
         config.data.cache_dir = str(tmp_path / "cache")
         stage.run(config, tmp_path / name)
@@ -145,11 +147,11 @@ def test_a_dataset_that_is_streamed_trains_the_same(data, tmp_path):
         lines[name] = [json.loads(line) for line in text.splitlines()]
     for one, other in zip(lines["resident"], lines["streamed"], strict=True):
         assert one.keys() - {"evaluation_seconds"} <= other.keys()
-        for key in ("loss", "validation_loss", "grad_norm"):
+        for key in ("loss", "grad_norm"):
             assert one.get(key) == other.get(key)
     speeds = [line for line in lines["streamed"] if "loss" in line]
     assert all(line["rows_needed_per_second"] > 0 for line in speeds)
-    assert all(line["rows_read_per_second"] > 0 for line in speeds)
+    assert speeds[0]["rows_read_per_second"] > 0
     assert {"store_retries", "cache_share"} <= speeds[0].keys()
     assert not any("rows_read_per_second" in line for line in lines["resident"])
 
