@@ -1,9 +1,9 @@
-"""Renders a world that asks more than one moving shape: what several things do, and how they relate.
+"""Renders scenes: a world that asks more than that of one moving shape.
 
 Each video shows a scene of one of five categories: how a thing looks and moves, two things and where
-one is of the other, how many there are, what changes its color, what comes back from the border. All
-that a caption says can be read from the pixels alone (`metrics.scenes`): things never touch, so that
-each is one patch; what is said of a speed, a change or a way back is said of the whole video.
+one is of the other, how many there are, what changes its color, what comes back from the border.
+All that a caption says can be read from the pixels alone (`metrics.scenes`): things never touch, so
+that each is one patch; and a speed, a change or a way back is said of the whole video.
 """
 
 import dataclasses
@@ -262,7 +262,7 @@ def render(
 
 
 def _place(rng, scene, n_frames, size_2):
-    """Of each thing (diameter, centroids (T, 2) as (x, y)); None where what was drawn is too large."""
+    """Of each thing (diameter, centroids (T, 2) as (x, y)); None where that does not fit."""
     first, n = scene.things[0], len(scene.things)
     ways = _SPEEDS[first.speed] if first.speed else _USUAL_WAY
     step = np.array(STEP.get(first.direction, (0, 0)))

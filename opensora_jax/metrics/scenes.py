@@ -7,7 +7,7 @@ them, and names what is clear. A caption is right where the reading says the sam
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,6 @@ from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from opensora_jax.metrics import shapes
-
-PROPERTIES = (
-    *("color", "shape", "size", "direction", "speed"),
-    *("relation", "count", "change", "bounce"),
-)
 
 # Lengths are in shorter sides of the frame, areas in their squares.
 _LEAST_AREA = 0.008  # of a patch that is a thing
@@ -101,7 +96,12 @@ def read(video: np.ndarray) -> list[Thing]:
     ]
 
 
-def judge(things: Sequence[Thing], facts: Mapping[str, Any]) -> dict[str, bool]:
+def judge(video: np.ndarray, facts: Mapping[str, Any]) -> dict[str, bool]:
+    """`compare` of what is read of a video."""
+    return compare(read(video), facts)
+
+
+def compare(things: Sequence[Thing], facts: Mapping[str, Any]) -> dict[str, bool]:
     """Which of a caption's facts a reading shows: "all", and each property that is asked for.
 
     A property of several things is shown where all of them have theirs; "all" also takes as many
@@ -142,20 +142,6 @@ def relation(thing: Thing | None, other: Thing | None) -> str | None:
     if abs(mean_2[axis]) < 1.5 * abs(mean_2[1 - axis]) or (sign * apart_N2[:, axis]).min() < least:
         return None
     return (("above", "below"), ("left", "right"))[axis][int(sign > 0)]
-
-
-def score(videos: Iterable[np.ndarray], labels: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Shares of the videos that show their facts: all of them, and each property where asked."""
-    return shares([judge(read(video), facts) for video, facts in zip(videos, labels, strict=True)])
-
-
-def shares(results: Sequence[Mapping[str, bool]]) -> dict[str, float]:
-    """Of results of `judge`, the share that is right of "all" and of each property."""
-    return {
-        name: float(np.mean([result[name] for result in results if name in result]))
-        for name in ("all", *PROPERTIES)
-        if any(name in result for result in results)
-    }
 
 
 def _n_right(results):

@@ -6,7 +6,7 @@ made: it only assumes one saturated, upright shape on a muted background.
 
 import colorsys
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -56,21 +56,31 @@ def detect(video: np.ndarray) -> tuple[str, str, str] | None:
     return None if None in (color, shape, direction) else (color, shape, direction)
 
 
+def judge(video: np.ndarray, label: tuple[str, str, str]) -> dict[str, bool]:
+    """Whether `detect` reads "all" of (color, shape, direction), and each of them."""
+    found = detect(video) or (None, None, None)
+    names = ("color", "shape", "direction")
+    right = {name: a == b for name, a, b in zip(names, found, label, strict=True)}
+    return {"all": all(right.values()), **right}
+
+
+def shares(results: Sequence[Mapping[str, bool]]) -> dict[str, float]:
+    """Of what `judge` said of videos, the share that is right of each name, where it has it."""
+    names = dict.fromkeys(name for result in results for name in result)
+    return {
+        name: float(np.mean([result[name] for result in results if name in result]))
+        for name in names
+    }
+
+
 def score(videos: Iterable[np.ndarray], labels: Sequence[tuple[str, str, str]]) -> dict[str, float]:
-    """Shares of the videos in which `detect` reads the label: all of it, and each attribute.
+    """`shares` of the videos that show their labels.
 
     Args:
       videos: uint8 (T, H, W, 3) each.
       labels: (color, shape, direction) of each video.
     """
-    right = []
-    for video, label in zip(videos, labels, strict=True):
-        found = detect(video) or (None, None, None)
-        right.append([a == b for a, b in zip(found, label, strict=True)])
-    shares = np.mean(right, axis=0)
-    names = ("color", "shape", "direction")
-    by_attribute = {name: float(share) for name, share in zip(names, shares, strict=True)}
-    return {"all": float(np.mean(np.all(right, axis=1))), **by_attribute}
+    return shares([judge(video, label) for video, label in zip(videos, labels, strict=True)])
 
 
 def outline(video: np.ndarray, shape: str) -> float:
@@ -207,9 +217,7 @@ def name_color(rgb_3: np.ndarray) -> str | None:
     return None
 
 
-def name_shape(
-    coverage_NHW: np.ndarray, center_N2: np.ndarray, spread_2: np.ndarray
-) -> str | None:
+def name_shape(coverage_NHW: np.ndarray, center_N2: np.ndarray, spread_2: np.ndarray) -> str | None:
     """The shape whose silhouette of the same position and spread resembles the coverage most."""
     distances = _distances(coverage_NHW.shape[1:], center_N2, spread_2)
     # Edges are about three pixels wide after compression and smoothing.
