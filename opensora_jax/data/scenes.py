@@ -1,9 +1,9 @@
 """Renders scenes: a world that asks more than that of one moving shape.
 
-Each video shows a scene of one of five categories: how a thing looks and moves, two things and where
-one is of the other, how many there are, what changes its color, what comes back from the border.
-All that a caption says can be read from the pixels alone (`metrics.scenes`): things never touch, so
-that each is one patch; and a speed, a change or a way back is said of the whole video.
+Each video shows a scene of one of five categories: how a thing looks and moves, two things and
+where one is of the other, how many there are, what changes its color, what comes back from the
+border. All that a caption says can be read from the pixels alone (`metrics.scenes`): things never
+touch, so that each is one patch; and a speed, a change or a way back is said of the whole video.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
         return
     world = worlds.of(config)
     asked = world.questions(config.fidelity.n_samples)
-    labels = [question.label for question in asked]
     generator = Generator.load(workdir / "dit", mesh_lib.make_mesh(config.mesh))
     params = generator.restore(workdir / "dit")
 
@@ -62,34 +61,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
         )
 
     videos = draw(generator.grids[0])
-    judged = _judge(world, videos, labels)
-    result = {
-        "step": step,
-        "n_samples": {
-            "seen": sum(not question.is_held_out for question in asked),
-            "held_out": sum(question.is_held_out for question in asked),
-        },
-        **_by_split(asked, judged),
-    }
-    categories = dict.fromkeys(question.category for question in asked if question.category)
-    if categories:
-        of = [[q.category == name for q in asked] for name in categories]
-        result["categories"] = {
-            name: _by_split(list(compress(asked, chosen)), list(compress(judged, chosen)))
-            for name, chosen in zip(categories, of, strict=True)
-        }
     real, shown = shapes_stage.labelled_videos(config, workdir, "held_out")
-    real = map(video_io.read_video, real)
-    if world.outline_score:
-        result["outline"] = {
-            "samples": world.outline_score(videos, labels),
-            "real": world.outline_score(real, shown),
-        }
-    else:
-        real = list(real)
-        other = np.random.default_rng(0).permutation(len(shown))
-        result["real"] = shares(_judge(world, real, shown))
-        result["guessing"] = shares(_judge(world, real, [shown[i] for i in other]))
+    real = list(map(video_io.read_video, real))
+    result = {"step": step, **grade(world, asked, videos, real, shown)}
+    labels = [question.label for question in asked]
     for i, grid in enumerate(generator.grids):
         sized = draw(grid) if i else videos
         size = "x".join(map(str, sized.shape[1:4]))
@@ -100,17 +75,56 @@ def run(config: ConfigDict, workdir: Path) -> None:
     logger.info("fidelity: %s", json.dumps(result))
 
 
+def grade(
+    world: World,
+    asked: Sequence[Question],
+    videos: Sequence[np.ndarray],
+    real: Sequence[np.ndarray],
+    shown: Sequence[Any],
+) -> dict[str, Any]:
+    """Everything that `run` writes of samples of one size.
+
+    Args:
+      videos: a sample of each question.
+      real: files of the world, to compare with, and what each shows.
+    """
+    labels = [question.label for question in asked]
+    judged = _judge(world, videos, labels)
+    held_out = np.array([question.is_held_out for question in asked])
+    result = {
+        "n_samples": {"seen": int((~held_out).sum()), "held_out": int(held_out.sum())},
+        **_by_split(judged, held_out),
+    }
+    if world.outline_score:
+        result["outline"] = {
+            "samples": world.outline_score(videos, labels),
+            "real": world.outline_score(real, shown),
+        }
+    of = np.array([question.category for question in asked])
+    if any(of):
+        result["categories"] = {
+            name: _by_split(list(compress(judged, of == name)), held_out[of == name])
+            for name in dict.fromkeys(of.tolist())
+        }
+        other = np.random.default_rng(0).permutation(len(shown))
+        result["real"] = shares(_judge(world, real, shown))
+        result["guessing"] = shares(_judge(world, real, [shown[i] for i in other]))
+    return result
+
+
 def _judge(
-    world: World, videos: Iterable[np.ndarray], labels: Sequence[Any]
+    world: World, videos: Sequence[np.ndarray], labels: Sequence[Any]
 ) -> list[dict[str, bool]]:
     return [world.judge(video, label) for video, label in zip(videos, labels, strict=True)]
 
 
 def _by_split(
-    asked: Sequence[Question], judged: Sequence[dict[str, bool]]
+    judged: Sequence[dict[str, bool]], held_out_N: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """{"seen": shares, "held_out": shares}, where there are any."""
-    found: dict[str, list[dict[str, bool]]] = {}
-    for question, right in zip(asked, judged, strict=True):
-        found.setdefault("held_out" if question.is_held_out else "seen", []).append(right)
-    return {name: shares(found[name]) for name in ("seen", "held_out") if name in found}
+    splits = {"seen": ~held_out_N, "held_out": held_out_N}
+    return {
+        name: shares(list(compress(judged, chosen_N)))
+        for name, chosen_N in splits.items()
+        if chosen_N.any()
+    }
