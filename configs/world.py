@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     # The judge sees whole videos, so that reconstructions are of whole videos.
     c.vqvae.n_frames = 16
     c.vqvae.resolution = 64
-    c.vqvae.batch_size = 4
+    c.vqvae.batch_size = 8
 
     c.preprocess.resolution = 64
     c.preprocess.batch_size = 16
