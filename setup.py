@@ -21,6 +21,7 @@ setup(
         "ml-collections",
         "absl-py",
         "numpy",
+        "scipy",
         "ml-dtypes",
         "datasets",
         "filelock",
