@@ -263,6 +263,8 @@ def test_stages_fit_each_other(fields, expected):
     [
         ({"shapes.n_frames": 8}, "expected at least 16, since shapes.world is scenes"),
         ({"shapes.resolution": 32}, "expected at least 48, since shapes.world is scenes"),
+        ({"vqvae.resolution": 32}, "expected at least 48, since shapes.world is scenes"),
+        ({"preprocess.resolution": (64, 32)}, "expected at least 48, since shapes.world is sc"),
         ({"preprocess.n_frames": 8}, "expected 0 or 16: captions of scenes tell of whole videos"),
         ({"dit.n_latent_frames": 1}, "expected 0 or {}: captions of scenes tell of whole videos"),
         ({"shapes.world": "many"}, "expected one of single, scenes"),
@@ -278,8 +280,8 @@ def test_scenes_are_long_and_large_enough_and_whole(fields, expected):
 
 
 def test_what_scenes_need_is_what_the_rules_say():
-    least = {"shapes.n_frames": scenes.LEAST_FRAMES, "shapes.resolution": scenes.LEAST_SIDE}
-    assert least == rules.SCENES_AT_LEAST
+    needed = scenes.LEAST_FRAMES, scenes.LEAST_SIDE
+    assert needed == (rules.SCENES_FRAMES, rules.SCENES_SIDE)
 
 
 def test_what_no_stage_of_the_run_reads_need_not_fit():

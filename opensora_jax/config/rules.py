@@ -19,7 +19,7 @@ from opensora_jax.models import attention
 from opensora_jax.windows import WindowError, Windows
 
 # Of `data.scenes`, which would have to be imported with the decoders.
-SCENES_AT_LEAST = {"shapes.n_frames": 16, "shapes.resolution": 48}
+SCENES_FRAMES, SCENES_SIDE = 16, 48  # at least
 
 
 def check(c: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
@@ -130,9 +130,11 @@ def _check_models(c: ConfigDict) -> None:
 def _check_stages(c: ConfigDict) -> None:
     """Sees that what a stage of this run makes fits the next one, and is not made for nothing."""
     if "shapes" in c.stages and c.shapes.world == "scenes":
-        for name, least in SCENES_AT_LEAST.items():
-            if value_of(c, name) < least:
-                raise_invalid(c, name, f"at least {least}, since shapes.world is scenes")
+        names = [f"{part}.resolution" for part in ("vqvae", "preprocess") if _uses_shapes(c, part)]
+        least = {"shapes.n_frames": SCENES_FRAMES, "shapes.resolution": SCENES_SIDE}
+        for name, n in (least | dict.fromkeys(names, SCENES_SIDE)).items():
+            if np.min(value_of(c, name)) < n:
+                raise_invalid(c, name, f"at least {n}, since shapes.world is scenes")
     if _uses_shapes(c, "vqvae"):
         most = _frames_of_shapes(c, c.vqvae.fps)
         if c.vqvae.n_frames > most:

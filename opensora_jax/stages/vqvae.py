@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def evaluation_videos(
 def _are_whole(c: ConfigDict, path: Path) -> bool:
     """Whether clips are as long as this video."""
     info = video_io.probe(path)
-    return c.n_frames == info.n_frames and c.fps in (0, info.fps)
+    return c.n_frames == info.n_frames and (not c.fps or math.isclose(c.fps, info.fps))
 
 
 class Reconstruction:
