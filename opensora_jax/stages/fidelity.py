@@ -106,9 +106,11 @@ def grade(
             name: _by_split(list(compress(judged, of == name)), held_out[of == name])
             for name in dict.fromkeys(of.tolist())
         }
-        other = np.random.default_rng(0).permutation(len(shown))
         result["real"] = shares(_judge(world, real, shown))
-        result["guessing"] = shares(_judge(world, real, [shown[i] for i in other]))
+        # Each with the caption of the next in a random circle: none with its own.
+        order = np.random.default_rng(0).permutation(len(shown)).tolist()
+        others = [shown[i] for i in (*order[1:], order[0])]
+        result["guessing"] = shares(_judge(world, [real[i] for i in order], others))
     return result
 
 
