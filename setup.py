@@ -22,6 +22,7 @@ setup(
         "ml-collections",
         "absl-py",
         "numpy",
+        "scipy",
         "ml-dtypes",
         "datasets",
         "filelock",

@@ -53,10 +53,13 @@ def get_config() -> ConfigDict:
 
     # The generated dataset of moving shapes.
     c.shapes = ConfigDict()
+    # single: one shape that moves; or scenes: sizes, speeds, two shapes and where one is of the other,
+    # how many, changes of color, ways back from the border (docs/world.md).
+    c.shapes.world = "single"
     c.shapes.n_videos = 3000  # for training, seen combinations only
     c.shapes.n_held_out = 240  # for evaluation, all combinations
-    c.shapes.n_frames = 8  # frames a video
-    c.shapes.resolution = 32  # pixels, height and width
+    c.shapes.n_frames = 8  # frames a video; of scenes at least 16
+    c.shapes.resolution = 32  # pixels, height and width; of scenes at least 48
     c.shapes.fps = 8.0  # frames a second
     c.shapes.n_captions = 3  # captions a video, drawn from the phrasings
 

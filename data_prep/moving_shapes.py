@@ -4,7 +4,7 @@ python data_prep/moving_shapes.py -o shapes --n_videos 1000
 """
 
 from opensora_jax import cli
-from opensora_jax.data import moving_shapes
+from opensora_jax.data import moving_shapes, scenes
 
 COMBINATIONS = {
     "all": moving_shapes.ALL,
@@ -19,10 +19,16 @@ def main() -> None:
     add("-o", "--output_dir", required=True, help="gets videos/ and captions.json")
     add("--n_videos", type=int, default=1000, help="number of videos")
     add(
+        "--world",
+        choices=("single", "scenes"),
+        default="single",
+        help="one shape that moves, or scenes of more (of 16 frames and 48 pixels at least)",
+    )
+    add(
         "--combinations",
         choices=COMBINATIONS,
         default="all",
-        help="which (color, shape, direction) to show",
+        help="all, or what the configurations train on (seen), or do not (held_out)",
     )
     add("--seed", type=int, default=0, help="decides everything that is drawn")
     add("--n_frames", type=int, default=8, help="frames a video")
@@ -32,8 +38,11 @@ def main() -> None:
     args = vars(parser.parse_args())
 
     folder = args.pop("output_dir")
-    args["combinations"] = COMBINATIONS[args["combinations"]]
-    wrote = moving_shapes.write_dataset(folder, **args)
+    world, split = args.pop("world"), args.pop("combinations")
+    if world == "scenes":
+        wrote = scenes.write_dataset(folder, split=split, **args)
+    else:
+        wrote = moving_shapes.write_dataset(folder, combinations=COMBINATIONS[split], **args)
     print(f"{folder}: {'written' if wrote else 'done already'}")
 
 

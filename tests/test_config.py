@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from opensora_jax import config as config_lib
 from opensora_jax.build import training as build
-from opensora_jax.data import moving_shapes, video_io
+from opensora_jax.config import rules
+from opensora_jax.data import moving_shapes, scenes, video_io
 from opensora_jax.planning import synthetic
 
 ROOT = Path(__file__).parent.parent
@@ -255,6 +256,32 @@ def test_stages_fit_each_other(fields, expected):
     first, value = next(iter(fields.items()))
     message = refused(load("quickstart", **fields))
     assert message.startswith(f"config.{first}={value!r}: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"shapes.n_frames": 8}, "expected at least 16, since shapes.world is scenes"),
+        ({"shapes.resolution": 32}, "expected at least 48, since shapes.world is scenes"),
+        ({"vqvae.resolution": 32}, "expected at least 48, since shapes.world is scenes"),
+        ({"preprocess.resolution": (64, 32)}, "expected at least 48, since shapes.world is sc"),
+        ({"preprocess.n_frames": 8}, "expected 0 or 16: captions of scenes tell of whole videos"),
+        ({"dit.n_latent_frames": 1}, "expected 0 or {}: captions of scenes tell of whole videos"),
+        ({"shapes.world": "many"}, "expected one of single, scenes"),
+    ],
+    ids=str,
+)
+def test_scenes_are_long_and_large_enough_and_whole(fields, expected):
+    first, value = next(iter(fields.items()))
+    message = refused(load("world", **fields))
+    whole = 16 // load("world").vqvae.downsample[0]
+    assert message.startswith(f"config.{first}={value!r}: {expected.format(whole)}")
+    config_lib.check(load("world", dit__n_latent_frames=whole, preprocess__n_frames=16))
+
+
+def test_what_scenes_need_is_what_the_rules_say():
+    needed = scenes.LEAST_FRAMES, scenes.LEAST_SIDE
+    assert needed == (rules.SCENES_FRAMES, rules.SCENES_SIDE)
 
 
 def test_what_no_stage_of_the_run_reads_need_not_fit():

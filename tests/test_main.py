@@ -44,17 +44,17 @@ def environment(**variables):
     return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **variables}
 
 
-def command(workdir, overrides=TOY + LONG):
+def command(workdir, overrides=TOY + LONG, config="quickstart"):
     return [
         *(sys.executable, "-m", "opensora_jax.main"),
-        *("--config=configs/quickstart.py", f"--workdir={workdir}"),
+        *(f"--config=configs/{config}.py", f"--workdir={workdir}"),
         *(f"--config.{override}" for override in overrides.split()),
     ]
 
 
-def run_to_the_end(workdir, overrides=TOY + LONG, **variables):
+def run_to_the_end(workdir, overrides=TOY + LONG, config="quickstart", **variables):
     done = subprocess.run(
-        command(workdir, overrides),
+        command(workdir, overrides, config),
         cwd=ROOT,
         env=environment(**variables),
         capture_output=True,
@@ -206,6 +206,19 @@ def test_killed_in_every_stage_and_run_again_everything_is_there(workdir):
     assert fidelity["n_samples"] == {"seen": 40, "held_out": 8}
     assert {"vqvae", "preprocess", "dit"} <= set(fidelity["seconds"])
     assert "<video" in (workdir / "report.html").read_text()
+
+
+@slow
+def test_all_stages_of_the_world_of_scenes(tmp_path):
+    overrides = f"{TOY} {SHORT} fidelity.n_samples=10"
+    run_to_the_end(tmp_path, overrides, "world", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    reconstruction = json.loads((tmp_path / "vqvae/reconstruction.json").read_text())
+    assert "detected_all" in reconstruction
+    fidelity = json.loads((tmp_path / "fidelity.json").read_text())
+    assert fidelity["n_samples"] == {"seen": 5, "held_out": 5}
+    assert fidelity["real"]["all"] == 1.0
+    assert list(fidelity["categories"]) == ["motion", "relation", "count", "change", "bounce"]
+    assert "what it is about" in (tmp_path / "report.html").read_text()
 
 
 @slow

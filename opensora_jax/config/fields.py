@@ -155,6 +155,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "reduce_dtype": one_of(("auto", "float32")),
     },
     "shapes": {
+        "world": one_of(("single", "scenes")),
         "n_videos": at_least(1),
         "n_held_out": at_least(1),
         "n_frames": at_least(2),

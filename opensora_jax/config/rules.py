@@ -18,6 +18,9 @@ from opensora_jax.diffusion.objectives import OBJECTIVES
 from opensora_jax.models import attention
 from opensora_jax.windows import WindowError, Windows
 
+# Of `data.scenes`, which would have to be imported with the decoders.
+SCENES_FRAMES, SCENES_SIDE = 16, 48  # at least
+
 
 def check(c: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
     """Checks all that a configuration alone shows to be wrong.
@@ -126,6 +129,12 @@ def _check_models(c: ConfigDict) -> None:
 
 def _check_stages(c: ConfigDict) -> None:
     """Sees that what a stage of this run makes fits the next one, and is not made for nothing."""
+    if "shapes" in c.stages and c.shapes.world == "scenes":
+        names = [f"{part}.resolution" for part in ("vqvae", "preprocess") if _uses_shapes(c, part)]
+        least = {"shapes.n_frames": SCENES_FRAMES, "shapes.resolution": SCENES_SIDE}
+        for name, n in (least | dict.fromkeys(names, SCENES_SIDE)).items():
+            if np.min(value_of(c, name)) < n:
+                raise_invalid(c, name, f"at least {n}, since shapes.world is scenes")
     if _uses_shapes(c, "vqvae"):
         most = _frames_of_shapes(c, c.vqvae.fps)
         if c.vqvae.n_frames > most:
@@ -138,6 +147,9 @@ def _check_stages(c: ConfigDict) -> None:
             raise_invalid(
                 c, "preprocess.n_frames", f"at most {most}, the frames of shapes.n_frames"
             )
+        if c.shapes.world == "scenes" and 0 < c.preprocess.n_frames < most:
+            whole = f"0 or {most}: captions of scenes tell of whole videos"
+            raise_invalid(c, "preprocess.n_frames", whole)
         if 0 < c.preprocess.max_frames < most and not c.preprocess.n_frames:
             raise_invalid(
                 c, "preprocess.max_frames", f"0, or at least {most}, the frames of shapes.n_frames"
@@ -201,6 +213,12 @@ def check_codes(
     if "dit" in c.stages and n_frames and np.max(c.dit.n_latent_frames) > windows.latents(n_frames):
         most = f"{windows.latents(n_frames)}: {n_frames} frames by {source}"
         raise_invalid(c, "dit.n_latent_frames", f"at most {most}")
+    if "dit" in c.stages and _uses_shapes(c, "preprocess") and c.shapes.world == "scenes":
+        # 0 is the length of 90% of the data, in whole windows: here of all.
+        whole = windows.latents(n_frames)
+        if not set(np.atleast_1d(c.dit.n_latent_frames).tolist()) <= {0, whole}:
+            tell = "captions of scenes tell of whole videos"
+            raise_invalid(c, "dit.n_latent_frames", f"0 or {whole}: {tell}")
 
 
 def _check_devices(c: ConfigDict, devices: Sequence[jax.Device]) -> None:

@@ -7,13 +7,12 @@ on these videos can be graded without a person looking at its samples.
 
 import colorsys
 import os
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import tqdm
 
-from opensora_jax import files
-from opensora_jax.data import video_io
+from opensora_jax.data import made_videos
 
 COLORS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
@@ -35,8 +34,8 @@ ALL = tuple((c, s, d) for c in COLORS for s in SHAPES for d in DIRECTIONS)
 SEEN = tuple(combination for combination in ALL if combination not in HELD_OUT)
 
 _HUE_DEGREES = {"red": (-7, 7), "green": (112, 134), "blue": (218, 236), "yellow": (52, 60)}
-_STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y down
-_DIRECTION_WORDS = {
+STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y down
+DIRECTION_WORDS = {
     "left": ("to the left", "left"),
     "right": ("to the right", "right"),
     "up": ("up", "upwards"),
@@ -56,7 +55,7 @@ def captions(color: str, shape: str, direction: str) -> list[str]:
     _check_combination(color, shape, direction)
     return [
         phrasing.format(color=color, shape=shape, direction=words)
-        for words in _DIRECTION_WORDS[direction]
+        for words in DIRECTION_WORDS[direction]
         for phrasing in _PHRASINGS
     ]
 
@@ -87,10 +86,10 @@ def render(
     # Of the circle. The square is as wide, so that its corners stick out; one of the circle's area
     # differs from it by few pixels. The triangle has the circle's area, or it would be too wide.
     diameter = rng.uniform(0.4, 0.5)
-    low, high = _extent(shape, diameter)
+    low, high = extent(shape, diameter)
     margin = 0.02
     room = 1 - 2 * margin - low - high
-    step = np.array(_STEP[direction])
+    step = np.array(STEP[direction])
     axis = int(step[0] == 0)  # 0: moves along x, 1: along y
     travel = rng.uniform(0.25, min(0.5, room[axis]))
     start = (
@@ -101,15 +100,10 @@ def render(
     center_T2 = start + np.linspace(0, travel, n_frames)[:, None] * step
 
     position_N = (np.arange(resolution) + 0.5) / resolution
-    x_T1W = (position_N - center_T2[:, :1])[:, None, :]
-    y_TH1 = (position_N - center_T2[:, 1:])[:, :, None]
-    distance_THW = _signed_distance(shape, x_T1W, y_TH1, diameter)
-    # A pixel's coverage falls from 1 to 0 over one pixel around the edge: antialiasing.
-    alpha_THW1 = np.clip(0.5 - distance_THW * resolution, 0, 1)[..., None]
+    alpha_THW1 = coverage(shape, center_T2, diameter, position_N, position_N, resolution)
 
-    hue = rng.uniform(*_HUE_DEGREES[color]) / 360
-    shape_rgb = np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.85, 1), rng.uniform(0.85, 1)))
-    background_HW3 = _background(rng, position_N)
+    shape_rgb = draw_color(rng, color)
+    background_HW3 = draw_background(rng, position_N, position_N)
     video_THW3 = alpha_THW1 * shape_rgb + (1 - alpha_THW1) * background_HW3
     return np.round(255 * np.clip(video_THW3, 0, 1)).astype(np.uint8)
 
@@ -125,10 +119,9 @@ def write_dataset(
     fps: float,
     n_captions: int,
 ) -> bool:
-    """Writes `folder/videos/video{i}.mp4` and `folder/captions.json`; goes on where it stopped.
+    """Writes a folder as `made_videos.write` does.
 
-    Video i depends on seed and i only and shows combinations[i % len(combinations)]. captions.json
-    comes last, so a folder that has it is whole. The parameters lie in `folder/params.json`.
+    Video i depends on seed and i only and shows combinations[i % len(combinations)].
 
     Returns:
       False if the folder was whole already, True if anything was written.
@@ -136,18 +129,7 @@ def write_dataset(
     Raises:
       ValueError: a bad parameter, or the folder was made with other parameters.
     """
-    folder = Path(folder)
     n_phrasings = min(len(captions(*combination)) for combination in combinations)
-    video_io.check_fps(fps)
-    for name, value, good, expected in (
-        ("n_videos", n_videos, n_videos >= 1, "at least 1"),
-        ("seed", seed, seed >= 0, "at least 0"),
-        ("n_frames", n_frames, n_frames >= 2, "at least 2"),
-        ("resolution", resolution, resolution >= 16 and resolution % 2 == 0, "16 or more, even"),
-        ("n_captions", n_captions, 1 <= n_captions <= n_phrasings, f"1 to {n_phrasings}"),
-    ):
-        if not good:
-            raise ValueError(f"{name}={value}: expected {expected}")
     params = {
         "n_videos": n_videos,
         "combinations": [list(combination) for combination in combinations],
@@ -157,27 +139,18 @@ def write_dataset(
         "fps": fps,
         "n_captions": n_captions,
     }
-    files.record_settings(folder / "params.json", params)
-    if (folder / "captions.json").exists():
-        return False
+    made_videos.check(params, n_phrasings=n_phrasings, least_frames=2, least_side=16)
 
-    videos = folder / "videos"
-    videos.mkdir(exist_ok=True)
-    for leftover in videos.glob(".*.tmp"):  # of a run that was killed while it wrote
-        leftover.unlink()
-    entries = []
-    for i in tqdm.trange(n_videos, desc=f"writing {videos}", unit="video"):
+    def make(i: int) -> tuple[dict[str, Any], Callable[[], np.ndarray]]:
         combination = combinations[i % len(combinations)]
         rng = np.random.default_rng([seed, i])
         chosen = rng.choice(n_phrasings, n_captions, replace=False)
         phrasings = captions(*combination)
-        path = videos / f"video{i}.mp4"
-        if not path.exists():
-            video_io.write_video(path, render(rng, *combination, n_frames, resolution), fps)
-        entry = {"file": path.name, "captions": [phrasings[j] for j in chosen]}
-        entries.append(entry | dict(zip(("color", "shape", "direction"), combination, strict=True)))
-    files.write_json(folder / "captions.json", entries)
-    return True
+        entry = {"captions": [phrasings[j] for j in chosen]}
+        entry |= dict(zip(("color", "shape", "direction"), combination, strict=True))
+        return entry, lambda: render(rng, *combination, n_frames, resolution)
+
+    return made_videos.write(folder, make, params)
 
 
 def _check_combination(color, shape, direction):
@@ -194,7 +167,29 @@ def _triangle_side(diameter):
     return diameter * np.sqrt(np.pi / np.sqrt(3))
 
 
-def _extent(shape, diameter):
+def coverage(
+    shape: str,
+    center_T2: np.ndarray,
+    diameter: float,
+    y_H: np.ndarray,
+    x_W: np.ndarray,
+    resolution: float,
+) -> np.ndarray:
+    """How much of each pixel a shape covers, from 0 to 1: (T, H, W, 1).
+
+    Args:
+      center_T2: (x, y) of its centroid, y down.
+      y_H, x_W: of the pixels' centers.
+      resolution: pixels a unit of length.
+    """
+    x_T1W = (x_W - center_T2[:, :1])[:, None, :]
+    y_TH1 = (y_H - center_T2[:, 1:])[:, :, None]
+    distance_THW = signed_distance(shape, x_T1W, y_TH1, diameter)
+    # Coverage falls from 1 to 0 over one pixel around the edge: antialiasing.
+    return np.clip(0.5 - distance_THW * resolution, 0, 1)[..., None]
+
+
+def extent(shape, diameter):
     """How far the shape reaches from its centroid: (left, up), (right, down)."""
     if shape == "triangle":
         side = _triangle_side(diameter)
@@ -204,7 +199,7 @@ def _extent(shape, diameter):
     return np.array([half, half]), np.array([half, half])
 
 
-def _signed_distance(shape, x, y, diameter):
+def signed_distance(shape, x, y, diameter):
     """Distance to the outline, negative inside; x and y are relative to the centroid, y down."""
     if shape == "circle":
         return np.hypot(x, y) - diameter / 2
@@ -215,9 +210,15 @@ def _signed_distance(shape, x, y, diameter):
     return np.maximum(np.abs(x) * np.sqrt(3) / 2 - y / 2, y) - inradius
 
 
-def _background(rng, position_N):
-    """A dark to light, barely tinted color with a soft linear gradient: floats (N, N, 3)."""
+def draw_color(rng: np.random.Generator, color: str) -> np.ndarray:
+    """A saturated tone of one of `COLORS`: RGB from 0 to 1."""
+    hue = rng.uniform(*_HUE_DEGREES[color]) / 360
+    return np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.85, 1), rng.uniform(0.85, 1)))
+
+
+def draw_background(rng: np.random.Generator, y_H: np.ndarray, x_W: np.ndarray) -> np.ndarray:
+    """A dark to light, barely tinted color with a soft linear gradient: floats (H, W, 3)."""
     base_3 = rng.uniform(0.15, 0.85) + rng.uniform(-0.04, 0.04, 3)
     slope_x, slope_y = rng.uniform(-0.15, 0.15, 2)
-    gradient_HW = (position_N - 0.5) * slope_x + (position_N[:, None] - 0.5) * slope_y
+    gradient_HW = (x_W - 0.5) * slope_x + (y_H[:, None] - 0.5) * slope_y
     return base_3 + gradient_HW[..., None]

@@ -6,7 +6,7 @@ made: it only assumes one saturated, upright shape on a muted background.
 
 import colorsys
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ SHAPES = ("circle", "square", "triangle")
 # (orange, cyan, magenta) belong to none of the four.
 _HUES = {"red": (-25, 25), "yellow": (36, 78), "green": (85, 165), "blue": (195, 262)}
 
-_LEAST_SATURATION = 60  # max - min over RGB of the shape's solid part, of 255
+LEAST_SATURATION = 60  # max - min over RGB of the shape's solid part, of 255
 _LEAST_AREA, _MOST_AREA = 0.02, 0.4  # of the frame
 _LEAST_FRAMES = 0.7  # share of frames in which the shape is to be found
 _LEAST_TRAVEL = 0.1  # of the frame side
@@ -42,7 +42,7 @@ def detect(video: np.ndarray) -> tuple[str, str, str] | None:
         raise ValueError(
             f"video is {video.dtype} {video.shape}: expected uint8 (T, H, W, 3), T >= 2, H, W >= 8"
         )
-    segmented = _segment(_smooth(video.astype(np.float32)))
+    segmented = _segment(smooth(video.astype(np.float32)))
     if segmented is None:
         return None
     rgb_3, coverage_THW = segmented
@@ -50,27 +50,37 @@ def detect(video: np.ndarray) -> tuple[str, str, str] | None:
     if located is None:
         return None
     frames, center_T2, spread_2 = located
-    color = _color(rgb_3)
-    shape = _shape(coverage_THW[frames], center_T2, spread_2)
+    color = name_color(rgb_3)
+    shape = name_shape(coverage_THW[frames], center_T2, spread_2)
     direction = _direction(frames, center_T2, len(video), video.shape[1:3])
     return None if None in (color, shape, direction) else (color, shape, direction)
 
 
+def judge(video: np.ndarray, label: tuple[str, str, str]) -> dict[str, bool]:
+    """Whether `detect` reads "all" of (color, shape, direction), and each of them."""
+    found = detect(video) or (None, None, None)
+    names = ("color", "shape", "direction")
+    right = {name: a == b for name, a, b in zip(names, found, label, strict=True)}
+    return {"all": all(right.values()), **right}
+
+
+def shares(results: Sequence[Mapping[str, bool]]) -> dict[str, float]:
+    """Of what `judge` said of videos, the share that is right of each name, where it has it."""
+    names = dict.fromkeys(name for result in results for name in result)
+    return {
+        name: float(np.mean([result[name] for result in results if name in result]))
+        for name in names
+    }
+
+
 def score(videos: Iterable[np.ndarray], labels: Sequence[tuple[str, str, str]]) -> dict[str, float]:
-    """Shares of the videos in which `detect` reads the label: all of it, and each attribute.
+    """`shares` of the videos that show their labels.
 
     Args:
       videos: uint8 (T, H, W, 3) each.
       labels: (color, shape, direction) of each video.
     """
-    right = []
-    for video, label in zip(videos, labels, strict=True):
-        found = detect(video) or (None, None, None)
-        right.append([a == b for a, b in zip(found, label, strict=True)])
-    shares = np.mean(right, axis=0)
-    names = ("color", "shape", "direction")
-    by_attribute = {name: float(share) for name, share in zip(names, shares, strict=True)}
-    return {"all": float(np.mean(np.all(right, axis=1))), **by_attribute}
+    return shares([judge(video, label) for video, label in zip(videos, labels, strict=True)])
 
 
 def outline(video: np.ndarray, shape: str) -> float:
@@ -125,7 +135,7 @@ def outline_score(
     return {"mean": float(np.mean(found)), "worst_tenth": float(np.mean(worst))}
 
 
-def _smooth(video_THW3):
+def smooth(video_THW3):
     """Binomial 3x3 filter: takes noise away and leaves a silhouette of several pixels as it is."""
     for axis in (1, 2):
         before = np.take(video_THW3, [0, *range(video_THW3.shape[axis] - 1)], axis)
@@ -142,20 +152,13 @@ def _segment(video_THW3):
     """
     saturation_THW = np.ptp(video_THW3, axis=-1)
     peak = np.quantile(saturation_THW, 0.98)
-    if peak < _LEAST_SATURATION:
+    if peak < LEAST_SATURATION:
         return None
     rgb_3 = np.median(video_THW3[saturation_THW > 0.75 * peak], axis=0)
-    # The background is a plane per color channel, fitted where nothing is saturated.
-    n_frames, height, width, _ = video_THW3.shape
-    y_H, x_W = np.linspace(-1, 1, height), np.linspace(-1, 1, width)
-    terms_HW3 = np.stack(np.broadcast_arrays(1.0, y_H[:, None], x_W), axis=-1)
-    terms_THW3 = np.broadcast_to(terms_HW3, (n_frames, height, width, 3))
     muted_THW = saturation_THW < 0.35 * peak
     if muted_THW.mean() < 1 - _MOST_AREA - 0.2:
         return None
-    terms_N3 = terms_THW3[muted_THW]
-    plane_33 = np.linalg.solve(terms_N3.T @ terms_N3, terms_N3.T @ video_THW3[muted_THW])
-    background_HW3 = terms_HW3 @ plane_33
+    background_HW3 = fit_background(video_THW3, muted_THW)
     # A pixel lies between the background's color and the shape's: how far along is the coverage.
     towards_HW3 = rgb_3 - background_HW3
     coverage_THW = ((video_THW3 - background_HW3) * towards_HW3).sum(-1)
@@ -163,6 +166,16 @@ def _segment(video_THW3):
     shape_THW3 = coverage_THW[..., None] * towards_HW3
     unexplained = ((video_THW3 - background_HW3 - shape_THW3) ** 2).sum() / (shape_THW3**2).sum()
     return None if unexplained > _MOST_UNEXPLAINED else (rgb_3, coverage_THW)
+
+
+def fit_background(video_THW3: np.ndarray, muted_THW: np.ndarray) -> np.ndarray:
+    """The plane per color channel, (H, W, 3), that fits a video best where nothing is saturated."""
+    n_frames, height, width, _ = video_THW3.shape
+    y_H, x_W = np.linspace(-1, 1, height), np.linspace(-1, 1, width)
+    terms_HW3 = np.stack(np.broadcast_arrays(1.0, y_H[:, None], x_W), axis=-1)
+    terms_N3 = np.broadcast_to(terms_HW3, (n_frames, height, width, 3))[muted_THW]
+    plane_33 = np.linalg.solve(terms_N3.T @ terms_N3, terms_N3.T @ video_THW3[muted_THW])
+    return terms_HW3 @ plane_33
 
 
 def _locate(coverage_THW):
@@ -195,7 +208,8 @@ def _locate(coverage_THW):
     return frames, np.stack([y_N, x_N], 1), np.sqrt([variance_y, variance_x])
 
 
-def _color(rgb_3):
+def name_color(rgb_3: np.ndarray) -> str | None:
+    """The color of an RGB value, of 255; None between two."""
     hue, _, _ = colorsys.rgb_to_hsv(*(rgb_3 / 255))
     for color, (low, high) in _HUES.items():
         if (360 * hue - low) % 360 <= high - low:
@@ -203,7 +217,7 @@ def _color(rgb_3):
     return None
 
 
-def _shape(coverage_NHW, center_N2, spread_2):
+def name_shape(coverage_NHW: np.ndarray, center_N2: np.ndarray, spread_2: np.ndarray) -> str | None:
     """The shape whose silhouette of the same position and spread resembles the coverage most."""
     distances = _distances(coverage_NHW.shape[1:], center_N2, spread_2)
     # Edges are about three pixels wide after compression and smoothing.

@@ -32,8 +32,6 @@ _SAMPLE_BYTES = 7_000_000
 _RECONSTRUCTION_BYTES = 3_000_000
 _MAX_NAMES = 100  # of left-out videos
 
-_FIDELITY_COLUMNS = ("all", "color", "shape", "direction")
-
 
 def gather(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
     """Everything that page.html shows, by the names that it uses.
@@ -129,28 +127,40 @@ def _samples(folder):
 
 
 def _fidelity(fidelity, reconstruction):
-    """The shares of recognized attributes, between guessing and what the VQ-VAE allows."""
+    """The shares of recognized properties, between guessing and what the VQ-VAE allows."""
     counts = fidelity.get("n_samples", {})
+    splits = {"seen": "Seen in training", "held_out": "Never seen together"}
     found = [
         (f"{label} ({counts[key]} samples)" if key in counts else label, fidelity[key])
-        for key, label in (("seen", "Seen in training"), ("held_out", "Never seen together"))
+        for key, label in splits.items()
         if key in fidelity
     ]
     if not found:
         return None
-    if "detected_all" in reconstruction:
-        limits = {name: reconstruction[f"detected_{name}"] for name in _FIDELITY_COLUMNS}
+    columns = list(dict.fromkeys(name for _, shares in found for name in shares))
+    limits = {name: reconstruction.get(f"detected_{name}") for name in columns}
+    if limits["all"] is not None:
         found.append(("Real videos through the VQ-VAE: the ceiling", limits))
-    guessed = {
-        "color": 1 / len(moving_shapes.COLORS),
-        "shape": 1 / len(moving_shapes.SHAPES),
-        "direction": 1 / len(moving_shapes.DIRECTIONS),
-    }
-    found.append(("Guessing", {"all": math.prod(guessed.values()), **guessed}))
+    if "real" in fidelity:
+        found.append(("Real videos", fidelity["real"]))
+    if "guessing" in fidelity:
+        found.append(("Real videos, with each other's captions: guessing", fidelity["guessing"]))
+    else:
+        guessed = {
+            "color": 1 / len(moving_shapes.COLORS),
+            "shape": 1 / len(moving_shapes.SHAPES),
+            "direction": 1 / len(moving_shapes.DIRECTIONS),
+        }
+        found.append(("Guessing", {"all": math.prod(guessed.values()), **guessed}))
     return {
-        "columns": _FIDELITY_COLUMNS,
-        "rows": [(label, [shares[name] for name in _FIDELITY_COLUMNS]) for label, shares in found],
+        "columns": columns,
+        "rows": [(label, [shares.get(name) for name in columns]) for label, shares in found],
         "step": fidelity.get("step"),
+        "splits": list(splits.values()),
+        "categories": [
+            (name, [shares.get(key, {}).get("all") for key in splits])
+            for name, shares in fidelity.get("categories", {}).items()
+        ],
     }
 
 

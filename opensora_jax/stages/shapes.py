@@ -1,13 +1,14 @@
-"""The shapes stage: writes the moving shapes dataset, a training and a held-out split."""
+"""The shapes stage: writes the videos of a world, a training and a held-out split."""
 
 import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from opensora_jax.data import moving_shapes
+from opensora_jax.stages import worlds
 
 logger = logging.getLogger(__name__)
 
@@ -15,25 +16,25 @@ logger = logging.getLogger(__name__)
 def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
     """Writes `workdir/shapes/train` (seen combinations) and `workdir/shapes/held_out` (all).
 
-    Reads config.seed and config.shapes.{n_videos, n_held_out, n_frames, resolution, fps,
-    n_captions}. Goes on where an interrupted run stopped, and does nothing when both are whole.
+    Reads config.seed and config.shapes. Goes on where an interrupted run stopped, and does nothing
+    when both are whole.
 
     Raises:
       ValueError: a bad value in config.shapes, or a split made with other values.
     """
-    shapes = config.shapes
+    shapes, world = config.shapes, worlds.of(config)
     splits = {
         # Held-out videos differ from the training ones in everything that is drawn, not only in
         # their combinations: another seed.
-        "train": (shapes.n_videos, moving_shapes.SEEN, config.seed),
-        "held_out": (shapes.n_held_out, moving_shapes.ALL, config.seed + 1),
+        "train": (shapes.n_videos, config.seed),
+        "held_out": (shapes.n_held_out, config.seed + 1),
     }
-    for split, (n_videos, combinations, seed) in splits.items():
+    for split, (n_videos, seed) in splits.items():
         folder = split_folder(workdir, split)
-        wrote = moving_shapes.write_dataset(
+        wrote = world.write(
             folder,
+            split == "train",
             n_videos=n_videos,
-            combinations=combinations,
             seed=seed,
             n_frames=shapes.n_frames,
             resolution=shapes.resolution,
@@ -49,11 +50,11 @@ def split_folder(workdir: str | os.PathLike, split: str) -> Path:
 
 
 def labelled_videos(
-    workdir: str | os.PathLike, split: str
-) -> tuple[list[Path], list[tuple[str, str, str]]]:
-    """The videos of a split, if it is there, and the (color, shape, direction) of each."""
+    config: ConfigDict, workdir: str | os.PathLike, split: str
+) -> tuple[list[Path], list[Any]]:
+    """The videos of a split, if it is there, and what each shows, for `World.judge`."""
     folder = split_folder(workdir, split)
     path = folder / "captions.json"
     entries = json.loads(path.read_text()) if path.exists() else []
     paths = [folder / "videos" / entry["file"] for entry in entries]
-    return paths, [(e["color"], e["shape"], e["direction"]) for e in entries]
+    return paths, [worlds.of(config).label(entry) for entry in entries]

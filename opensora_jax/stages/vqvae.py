@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +22,8 @@ from opensora_jax.data import pipeline, video_io
 from opensora_jax.inference.tokenizer import load_tokenizer
 from opensora_jax.metrics import pixel, shapes
 from opensora_jax.stages import shapes as shapes_stage
+from opensora_jax.stages import worlds
+from opensora_jax.stages.worlds import World
 from opensora_jax.tasks.vqvae import NEW_KEYS, VQVAETask, describe
 from opensora_jax.train import loop
 from opensora_jax.train.state import TrainState
@@ -35,9 +39,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Trains `workdir`/vqvae to `config.vqvae.steps`.
 
     Beside checkpoints and metrics it writes reconstruction.json (PSNR in dB, SSIM, perplexity and
-    number of codes used and, for moving shapes, the share of reconstructions whose color, shape
-    and direction `detect` still reads and how well rigid outlines cover them), code_counts.npy, how
-    often each code was used, and samples/*.mp4, originals above reconstructions.
+    number of codes used and, for videos of a world, the share of reconstructions in which its judge
+    still reads what they show, and of single shapes how well rigid outlines cover them),
+    code_counts.npy, how often each code was used, and samples/*.mp4, originals above
+    reconstructions.
 
     Raises:
       FileNotFoundError: no videos.
@@ -123,12 +128,14 @@ class EvaluationVideos:
     Attributes:
       clips: uint8 (N, T, H, W, 3).
       fps: frames a second that they are shown at.
-      labels: (color, shape, direction) of each, of moving shapes.
+      labels: what each shows, of a world whose judge can tell it from clips of this length.
+      world: that one.
     """
 
     clips: np.ndarray
     fps: float
-    labels: list[tuple[str, str, str]] | None = None
+    labels: list[Any] | None = None
+    world: World | None = None
 
 
 def evaluation_videos(
@@ -140,7 +147,10 @@ def evaluation_videos(
     if config.data.held_out_videos:
         paths = pipeline.find_videos(config.data.held_out_videos)
     elif not config.data.videos:
-        paths, labels = shapes_stage.labelled_videos(workdir, "held_out")
+        paths, labels = shapes_stage.labelled_videos(config, workdir, "held_out")
+    world = worlds.of(config)
+    if labels and world.tells_whole and not _are_whole(config.vqvae, paths[0]):
+        labels = None
     if not paths:
         kind, paths = "train", training
     paths = paths[:N_EVALUATED]
@@ -149,7 +159,13 @@ def evaluation_videos(
     usable = [i for i, clip in enumerate(found) if clip is not None]
     fps = config.vqvae.fps or video_io.probe(paths[usable[0]]).fps
     clips = np.stack([found[i]["video"] for i in usable])
-    return kind, EvaluationVideos(clips, fps, labels and [labels[i] for i in usable])
+    return kind, EvaluationVideos(clips, fps, labels and [labels[i] for i in usable], world)
+
+
+def _are_whole(c: ConfigDict, path: Path) -> bool:
+    """Whether clips are as long as this video."""
+    info = video_io.probe(path)
+    return c.n_frames == info.n_frames and (not c.fps or math.isclose(c.fps, info.fps))
 
 
 class Reconstruction:
@@ -180,10 +196,12 @@ class Reconstruction:
             "codes_used": int((counts > 0).sum()),
         }
         if self._videos.labels:
-            score = shapes.score(recons, self._videos.labels)
+            labels, world = self._videos.labels, self._videos.world
+            score = shapes.shares([world.judge(v, x) for v, x in zip(recons, labels, strict=True)])
             result |= {f"detected_{name}": value for name, value in score.items()}
-            score = shapes.outline_score(recons, self._videos.labels)
-            result |= {f"outline_{name}": value for name, value in score.items()}
+            if world.outline_score:
+                score = world.outline_score(recons, labels)
+                result |= {f"outline_{name}": value for name, value in score.items()}
         if jax.process_index() == 0:
             self._write(folder, int(state.step), recons, result, counts)
         return {f"{self._kind}/{name}": float(value) for name, value in result.items()}

@@ -87,6 +87,25 @@ def test_sections_and_figures(whole):
     assert any(text.endswith("Measured after 1,500 training steps.") for text in paragraphs)
 
 
+def test_a_battery_of_properties_and_categories(tmp_path):
+    shares = {"all": 0.5, "color": 1.0, "count": 0.625}
+    fidelity = {
+        "n_samples": {"seen": 12, "held_out": 8},
+        "seen": shares,
+        "held_out": {"all": 0.25, "color": 0.75},
+        "real": {"all": 1.0, "color": 1.0, "count": 1.0},
+        "guessing": {"all": 0.01, "color": 0.24, "count": 0.375},
+        "categories": {"count": {"seen": shares, "held_out": {"all": 0.125}}, "<b>": {}},
+    }
+    (tmp_path / "fidelity.json").write_text(json.dumps(fidelity))
+    report.run(CONFIG, tmp_path)
+    page = Page(tmp_path)
+    assert page.inside("th")[:3] == ["all", "color", "count"]
+    cells = ["50%", "100%", "62%", "25%", "75%", "100%", "100%", "100%", "1%", "24%", "38%"]
+    assert page.inside("td")[: len(cells) + 2] == [*cells, "50%", "12%"]
+    assert "<b>" in page.inside("th")
+
+
 def test_curves(whole):
     page = whole.page
     charts = page.inside("h3")
