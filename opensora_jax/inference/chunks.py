@@ -1,7 +1,7 @@
 """A window through a tokenizer: at once, or where it is long and the tokenizer causal, in chunks.
 
 Each chunk goes on where the last one stopped (`models.past.Past`), so codes and pixels are those
-of the whole, and memory does not grow with the window but by the keys and values of attention.
+of the whole. What grows with the window is attention's keys and values in time.
 
 Shape suffixes: B batch, T frames, H height, W width, C channels; lower case: the code grid.
 """
@@ -35,8 +35,8 @@ class Chunks:
     def __init__(self, model: Tokenizer, windows: Windows, mesh: Mesh | None = None):
         self._windows, self._first = windows, int(windows.causal)
         latents = windows.latents(windows.frames) - self._first
-        trained = max(model.n_frames // windows.stride, 1) if windows.causal else latents
-        self._n = max(-(-latents // max(trained, 1)), 1)
+        at_once = (model.n_frames - 1) // windows.stride if windows.causal else latents
+        self._n = max(-(-latents // max(at_once, 1)), 1)
         self._latents = -(-latents // self._n)  # of a chunk; the first has self._first more
         self._graph, state = nnx.split(model)
         self._sharding = mesh and NamedSharding(mesh, PartitionSpec("data"))

@@ -19,11 +19,7 @@ from opensora_jax.convert import cosmos, videogpt
 from opensora_jax.inference.chunks import Chunks
 from opensora_jax.inference.tiles import Tiles
 from opensora_jax.models.tokenizer import Tokenizer
-from opensora_jax.tasks.vqvae import (
-    NEW_KEYS,
-    describe,
-    from_description,
-)
+from opensora_jax.tasks.vqvae import NEW_KEYS, describe, from_description
 from opensora_jax.windows import WindowError, Windows
 
 
@@ -119,9 +115,7 @@ def import_tokenizer(source: epath.PathLike, model: Tokenizer, output: epath.Pat
 def decode(
     model: Tokenizer, codes: jax.Array, window: int | None = None, tile: int | None = None
 ) -> np.ndarray:
-    """Codes (B, t, h, w) -> videos uint8 (B, T, H, W, 3), window by window.
-
-    The mirror of `WindowEncoder`.
+    """Codes (B, t, h, w) -> videos uint8 (B, T, H, W, 3), in the windows of `WindowEncoder`.
 
     Args:
       window: frames that were encoded together; None: as many as the model was trained on.
@@ -143,7 +137,7 @@ def decode(
 
 
 class WindowEncoder:
-    """Codes of videos of any length with few compilations: chunks and batches are padded.
+    """Codes of videos of any length with one or two compilations: chunks and batches are padded.
 
     Videos are added one by one, and need not all be in memory: `add`, `add`, ..., `finish`.
 
