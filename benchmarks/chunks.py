@@ -5,8 +5,8 @@
 A tokenizer of Cosmos-DV4x8x8's layout, narrower and with random weights, encodes and decodes a
 window of 1 and a multiple of 16 frames, 128 x 128, each way in a process of its own. Memory is what
 the compiler says of the largest call (arguments, results, temporary arrays), and by how much the
-process grew while it computed; seconds are the least of three runs, compiled before. The codes of
-both ways are compared, and the pixels of the same codes.
+process grew while it computed; seconds are those of all cores, the least of three runs, compiled
+before. The codes of both ways are compared, and the pixels of the same codes.
 """
 
 import argparse
@@ -80,9 +80,9 @@ def measure(frames: int, n_frames: int, channels: int, output: Path) -> None:
         for _ in range(3):
             forget_peak()
             before = resident("VmRSS")
-            start = time.perf_counter()
+            start = time.process_time()
             run(x)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
             growth.append(resident("VmHWM") - before)
         measured[name] = [compiled(function, model, x, n), max(growth), min(seconds)]
     np.savez(output, measured=json.dumps(measured), **made)
