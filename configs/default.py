@@ -127,7 +127,7 @@ def get_config() -> ConfigDict:
     c.preprocess.fps = 8.0
     c.preprocess.max_frames = 0  # longer videos (then) are left out, and counted; 0: none
     c.preprocess.n_frames = 0  # keep only this many frames of a video; 0: all
-    c.preprocess.window = 0  # frames encoded at once; 0: the length the VQ-VAE was trained on
+    c.preprocess.window = 0  # frames encoded together; 0: the length the VQ-VAE was trained on
     # Pixels of the overlapping tiles that frames too large for a device are encoded, and samples
     # decoded in; 0: whole.
     c.preprocess.tile = 0

@@ -4,7 +4,6 @@ Legend: T frames of a window, t frames of its codes, H, W pixels, h, w codes.
 """
 
 import dataclasses
-import functools
 import hashlib
 from typing import Any
 
@@ -12,20 +11,15 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from opensora_jax import files
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert import cosmos, videogpt
+from opensora_jax.inference.chunks import Chunks
 from opensora_jax.inference.tiles import Tiles
 from opensora_jax.models.tokenizer import Tokenizer
-from opensora_jax.tasks.vqvae import (
-    NEW_KEYS,
-    describe,
-    from_description,
-    to_float,
-    to_uint8,
-)
+from opensora_jax.tasks.vqvae import NEW_KEYS, describe, from_description
 from opensora_jax.windows import WindowError, Windows
 
 
@@ -121,10 +115,7 @@ def import_tokenizer(source: epath.PathLike, model: Tokenizer, output: epath.Pat
 def decode(
     model: Tokenizer, codes: jax.Array, window: int | None = None, tile: int | None = None
 ) -> np.ndarray:
-    """Codes (B, t, h, w) -> videos uint8 (B, T, H, W, 3), window by window.
-
-    The mirror of `WindowEncoder`: a last, partial window is filled up with its last codes, and
-    their frames are dropped.
+    """Codes (B, t, h, w) -> videos uint8 (B, T, H, W, 3), in the windows of `WindowEncoder`.
 
     Args:
       window: frames that were encoded together; None: as many as the model was trained on.
@@ -136,28 +127,17 @@ def decode(
     _, *space = model.downsample
     tiles = Tiles.of(codes.shape[2:], space, tile)
     windows = Windows(model.downsample[0], model.causal, window or model.n_frames)
-    n, window = codes.shape[1], windows.latents(windows.frames)
-    graph, state = nnx.split(model)
-    pieces = []
-    for start in range(0, n, window):
-        index = np.minimum(np.arange(start, start + window), n - 1)
-        piece = codes[:, index]
-        pieces.append(tiles.decode(functools.partial(_decode_window, graph, state), piece, space))
-    return np.concatenate(pieces, axis=1)[:, : windows.n_frames(n)]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode_window(graph, state, codes):
-    return to_uint8(nnx.merge(graph, state).decode(codes))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graph, state, video_BTHWC):
-    return nnx.merge(graph, state).encode(to_float(video_BTHWC))
+    chunks = Chunks(model, windows)
+    window = windows.latents(windows.frames)
+    pieces = [
+        tiles.decode(chunks.decode, codes[:, start : start + window], space)
+        for start in range(0, codes.shape[1], window)
+    ]
+    return np.concatenate(pieces, axis=1)
 
 
 class WindowEncoder:
-    """Codes of videos of any length with one compilation: windows and batches are padded.
+    """Codes of videos of any length with one or two compilations: chunks and batches are padded.
 
     Videos are added one by one, and need not all be in memory: `add`, `add`, ..., `finish`.
 
@@ -169,14 +149,11 @@ class WindowEncoder:
 
     def __init__(self, model: Tokenizer, window: int, batch_size: int, tile: int | None = None):
         devices = jax.local_devices()
-        mesh = Mesh(devices, ("data",))
         self._window = window
         self._windows = Windows(model.downsample[0], model.causal, window)
         self._space, self._tile = model.downsample[1:], tile
         self._batch_size = -(-batch_size // len(devices)) * len(devices)
-        self._batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
-        self._graph, state = nnx.split(model)
-        self._state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+        self._chunks = Chunks(model, self._windows, Mesh(devices, ("data",)))
         self._codes: list[list[np.ndarray]] = []  # of each video, window by window
         self._waiting: list[tuple[int, np.ndarray]] = []  # windows, and whose video's they are
 
@@ -198,20 +175,17 @@ class WindowEncoder:
 
     def _encode_batch(self):
         shape_HWC = self._waiting[0][1].shape[1:]
-        batch_BTHWC = np.zeros((self._batch_size, self._window, *shape_HWC), np.uint8)
+        longest = max(len(window_THWC) for _, window_THWC in self._waiting)
+        batch_BTHWC = np.zeros((self._batch_size, longest, *shape_HWC), np.uint8)
         for row, (_, window_THWC) in zip(batch_BTHWC, self._waiting, strict=False):
             row[: len(window_THWC)] = window_THWC
             row[len(window_THWC) :] = window_THWC[-1]
         cells = [n // d for n, d in zip(shape_HWC[:2], self._space, strict=True)]
         tiles = Tiles.of(tuple(cells), self._space, self._tile)
-        codes_Bthw = tiles.encode(self._encode_whole, batch_BTHWC, self._space)
+        codes_Bthw = tiles.encode(self._chunks.encode, batch_BTHWC, self._space)
         for (i, window_THWC), codes_thw in zip(self._waiting, codes_Bthw, strict=False):
             self._codes[i].append(codes_thw[: self._windows.latents(len(window_THWC))])
         self._waiting.clear()
-
-    def _encode_whole(self, video_BTHWC):
-        video_BTHWC = jax.device_put(video_BTHWC, self._batch_sharding)
-        return _encode(self._graph, self._state, video_BTHWC)
 
 
 def summary(model: Tokenizer) -> str:

@@ -1,5 +1,7 @@
 """The blocks of causal video tokenizers (`models.cosmos`): no frame sees a later one.
 
+All take a `Past`, so that a video can be computed in chunks, each going on where the last stopped.
+
 Shape suffixes: B batch, T frames, H height, W width, C channels.
 """
 
@@ -13,6 +15,7 @@ from opensora_jax.mesh import constrain
 from opensora_jax.models import layers
 from opensora_jax.models.conv import conv, fold
 from opensora_jax.models.cpu import add_bias
+from opensora_jax.models.past import Past
 from opensora_jax.models.tokenizer import Size3
 
 
@@ -20,8 +23,8 @@ class CausalConv(nnx.Module):
     """3-D convolution that sees the past only: the first frame is repeated before the video.
 
     Of stride 1 with as much padding in space as keeps the size, or of stride 2 in the axes where
-    `stride` says so, with one more pixel at the end. Strided axes are folded into channels, as in
-    `models.vqvae.Conv`.
+    `stride` says so, with one more pixel at the end and frames in pairs. Strided axes are folded
+    into channels, as in `models.vqvae.Conv`.
     """
 
     def __init__(
@@ -42,9 +45,9 @@ class CausalConv(nnx.Module):
         self.bias = layers.param(rngs, nnx.initializers.zeros, (d_out,), ("conv_out",))
         self.stride, self.dtype = stride, dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, past: Past) -> jax.Array:
         x, w = x.astype(self.dtype), self.kernel[...]
-        x = repeat_first(x, w.shape[0] - 1)
+        x = past.extend(x, w.shape[0] - self.stride[0])
         for axis, s in enumerate(self.stride):
             k = w.shape[axis]
             before, after = (0, 0) if axis == 0 else ((k - 1) // 2, (k - 1) // 2)
@@ -63,12 +66,6 @@ def _pad(x, axis, before, after):
     return jnp.pad(x, [(before, after) if i == axis else (0, 0) for i in range(x.ndim)])
 
 
-def repeat_first(x_BTHWC: jax.Array, n: int) -> jax.Array:
-    """The video with its first frame n times more before it."""
-    first = jnp.broadcast_to(x_BTHWC[:, :1], (len(x_BTHWC), n, *x_BTHWC.shape[2:]))
-    return jnp.concatenate([first, x_BTHWC], axis=1)
-
-
 class FactorizedConv(nnx.Module):
     """A 3 x 3 convolution in space, then one of 3 frames in time."""
 
@@ -76,8 +73,8 @@ class FactorizedConv(nnx.Module):
         self.space = CausalConv(d_in, d_out, (1, 3, 3), rngs=rngs, dtype=dtype)
         self.time = CausalConv(d_out, d_out, (3, 1, 1), rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.time(self.space(x))
+    def __call__(self, x: jax.Array, past: Past) -> jax.Array:
+        return self.time(self.space(x, past), past)
 
 
 class FrameNorm(nnx.Module):
@@ -104,10 +101,10 @@ class ResidualBlock(nnx.Module):
             None if d_in == d_out else CausalConv(d_in, d_out, (1, 1, 1), rngs=rngs, dtype=dtype)
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = self.conv_1(jax.nn.silu(self.norm_1(x)))
-        h = self.conv_2(jax.nn.silu(self.norm_2(h)))
-        return (x if self.shortcut is None else self.shortcut(x)) + h
+    def __call__(self, x: jax.Array, past: Past) -> jax.Array:
+        h = self.conv_1(jax.nn.silu(self.norm_1(x)), past)
+        h = self.conv_2(jax.nn.silu(self.norm_2(h)), past)
+        return (x if self.shortcut is None else self.shortcut(x, past)) + h
 
 
 class Attention(nnx.Module):
@@ -120,7 +117,7 @@ class Attention(nnx.Module):
         )
         self.in_time = in_time
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, past: Past) -> jax.Array:
         h = self.norm(x)
         b, t, height, width, c = x.shape
 
@@ -129,11 +126,16 @@ class Attention(nnx.Module):
                 return y.reshape(b, t, -1, c).swapaxes(1, 2).reshape(-1, t, 1, c)
             return y.reshape(b * t, height * width, 1, c)
 
-        q, k, v = sequences(self.query(h)), sequences(self.key(h)), sequences(self.value(h))
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=self.in_time)
+        q, k, v = (sequences(f(h, past)) for f in (self.query, self.key, self.value))
+        seen = None
+        if self.in_time:
+            (k, start), (v, _) = past.gather(k), past.gather(v)
+            seen = jnp.arange(k.shape[1]) <= start + jnp.arange(t)[:, None]
+            seen = seen[None, None]
+        out = jax.nn.dot_product_attention(q, k, v, mask=seen)
         if self.in_time:
             out = out.reshape(b, height * width, t, c).swapaxes(1, 2)
-        return x + self.out(out.reshape(x.shape))
+        return x + self.out(out.reshape(x.shape), past)
 
 
 class AttentionPair(nnx.Module):
@@ -143,8 +145,8 @@ class AttentionPair(nnx.Module):
         self.space = Attention(width, in_time=False, rngs=rngs, dtype=dtype)
         self.time = Attention(width, in_time=True, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.time(self.space(x))
+    def __call__(self, x: jax.Array, past: Past) -> jax.Array:
+        return self.time(self.space(x, past), past)
 
 
 class Downsample(nnx.Module):
@@ -160,18 +162,18 @@ class Downsample(nnx.Module):
         self.out = CausalConv(width, width, (1, 1, 1), **common)
         self.in_time, self.in_space = in_time, in_space
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, past: Past) -> jax.Array:
         if not (self.in_time or self.in_space):
             return x
         if self.in_space:
             b, t, h, w, c = x.shape
             mean = x.reshape(b, t, h // 2, 2, w // 2, 2, c).mean(axis=(3, 5))
-            x = self.space(x) + mean
+            x = self.space(x, past) + mean
         if self.in_time:
-            pairs = repeat_first(x, 1)
+            pairs = past.to_groups(x, 2)
             b, t, *rest = pairs.shape
-            x = self.time(x) + pairs.reshape(b, t // 2, 2, *rest).mean(axis=2)
-        return self.out(x)
+            x = self.time(pairs, past) + pairs.reshape(b, t // 2, 2, *rest).mean(axis=2)
+        return self.out(x, past)
 
 
 class Upsample(nnx.Module):
@@ -186,16 +188,16 @@ class Upsample(nnx.Module):
         self.out = CausalConv(width, width, (1, 1, 1), **common)
         self.in_time, self.in_space = in_time, in_space
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, past: Past) -> jax.Array:
         if not (self.in_time or self.in_space):
             return x
         if self.in_time:
-            x = jnp.repeat(x, 2, axis=1)[:, 1:]
-            x = self.time(x) + x
+            x = past.from_groups(jnp.repeat(x, 2, axis=1), 2)
+            x = self.time(x, past) + x
         if self.in_space:
             x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-            x = self.space(x) + x
-        return self.out(x)
+            x = self.space(x, past) + x
+        return self.out(x, past)
 
 
 class Middle(nnx.Module):
@@ -204,8 +206,8 @@ class Middle(nnx.Module):
         self.attention = AttentionPair(width, rngs=rngs, dtype=dtype)
         self.block_2 = ResidualBlock(width, width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.block_2(self.attention(self.block_1(x)))
+    def __call__(self, x: jax.Array, past: Past) -> jax.Array:
+        return self.block_2(self.attention(self.block_1(x, past), past), past)
 
 
 class Level(nnx.Module):
@@ -227,9 +229,9 @@ class Level(nnx.Module):
         )
         self.resample = resample
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, past: Past) -> jax.Array:
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, past)
             if self.attention:
-                x = self.attention[i](x)
-        return x if self.resample is None else self.resample(x)
+                x = self.attention[i](x, past)
+        return x if self.resample is None else self.resample(x, past)

@@ -24,9 +24,9 @@ from opensora_jax.models.causal import (
     Level,
     Middle,
     Upsample,
-    repeat_first,
 )
 from opensora_jax.models.fsq import FSQ
+from opensora_jax.models.past import Past
 from opensora_jax.models.tokenizer import Size3, Tokenizer
 
 
@@ -127,11 +127,11 @@ class Encoder(nnx.Module):
         self.norm_out = FrameNorm(widths[-1], rngs=rngs)
         self.conv_out = FactorizedConv(widths[-1], config.encoder_latents, **common)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv_in(x)
+    def __call__(self, x: jax.Array, past: Past) -> jax.Array:
+        x = self.conv_in(x, past)
         for level in self.levels:
-            x = level(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(self.middle(x))))
+            x = level(x, past)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.middle(x, past))), past)
 
 
 class Decoder(nnx.Module):
@@ -160,11 +160,11 @@ class Decoder(nnx.Module):
         self.norm_out = FrameNorm(widths[0], rngs=rngs)
         self.conv_out = FactorizedConv(widths[0], 3 * config.patch**3, **common)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.middle(self.conv_in(x))
+    def __call__(self, x: jax.Array, past: Past) -> jax.Array:
+        x = self.middle(self.conv_in(x, past), past)
         for level in reversed(list(self.levels)):
-            x = level(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+            x = level(x, past)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), past)
 
 
 class Cosmos(Tokenizer):
@@ -182,19 +182,27 @@ class Cosmos(Tokenizer):
     def quantizer(self) -> FSQ:
         return FSQ(self.config.levels)
 
-    def latents(self, video: jax.Array) -> jax.Array:
-        """Encoder output before quantization, (B, t, h, w, dim) float32."""
-        x = repeat_first(2.0 * video, self.config.patch - 1)  # theirs are in [-1, 1]
+    def latents(self, video: jax.Array, past: Past | None = None) -> jax.Array:
+        """Encoder output before quantization, (B, t, h, w, dim) float32.
+
+        A first chunk is of 1 + n * downsample[0] frames, the others of n * downsample[0].
+        """
+        past = past or Past()
+        x = past.to_groups(2.0 * video, self.config.patch)  # theirs are in [-1, 1]
         for _ in range(int(math.log2(self.config.patch))):
             x = _haar(x)
-        return self.pre_quant(self.encoder(x)).astype(jnp.float32)
+        return self.pre_quant(self.encoder(x, past), past).astype(jnp.float32)
 
-    def reconstruct(self, embeddings: jax.Array) -> jax.Array:
-        """(B, t, h, w, dim) -> video (B, T, H, W, 3) float32."""
-        x = self.decoder(self.post_quant(embeddings)).astype(jnp.float32)
+    def reconstruct(self, embeddings: jax.Array, past: Past | None = None) -> jax.Array:
+        """(B, t, h, w, dim) -> video (B, T, H, W, 3) float32.
+
+        A first chunk is of 1 + n latents, the others of n.
+        """
+        past = past or Past()
+        x = self.decoder(self.post_quant(embeddings, past), past).astype(jnp.float32)
         for _ in range(int(math.log2(self.config.patch))):
             x = _inverse_haar(x)
-        return 0.5 * x[:, self.config.patch - 1 :]
+        return 0.5 * past.from_groups(x, self.config.patch)
 
 
 def _haar(x_BTHWC: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opensora_jax.models.past import Past
+
 Size3 = tuple[int, int, int]
 
 # Variance of the pixels in VideoGPT's data; it scales the reconstruction loss.
@@ -23,7 +25,7 @@ class Tokenizer(nnx.Module):
 
     Attributes:
       causal: no frame sees a later one, and the first stands alone:
-        T = 1 + (t - 1) * downsample[0].
+        T = 1 + (t - 1) * downsample[0]. Its methods also take the `Past` of a chunk of a video.
     """
 
     causal = False
@@ -62,26 +64,27 @@ class Tokenizer(nnx.Module):
         """(B, t, h, w, dim) -> video (B, T, H, W, 3) float32."""
         raise NotImplementedError
 
-    def encode(self, video: jax.Array) -> jax.Array:
+    def encode(self, video: jax.Array, past: Past | None = None) -> jax.Array:
         """Video (B, T, H, W, 3) in [-0.5, 0.5] -> codes (B, t, h, w) int32.
 
         Raises:
-          ValueError: a side of the video is not a multiple of its downsampling; of a causal one, T
-            not 1 and a multiple.
+          ValueError: a side of the video is not a multiple of its downsampling; where the first
+            frame stands alone, T not 1 and a multiple.
         """
         k, *space = self.downsample
-        fits = video.ndim == 5 and video.shape[1] >= 1 and (video.shape[1] - self.causal) % k == 0
+        alone = self.causal and (past is None or past.is_first)
+        fits = video.ndim == 5 and video.shape[1] >= 1 and (video.shape[1] - alone) % k == 0
         if not fits or any(n % d for n, d in zip(video.shape[2:4], space, strict=True)):
-            time = f"1 + a multiple of {k}" if self.causal else f"a multiple of {k}"
+            time = f"1 + a multiple of {k}" if alone else f"a multiple of {k}"
             raise ValueError(
                 f"video of shape {video.shape}: expected (B, T, H, W, 3) with T {time}, and H, W "
                 f"multiples of {space}"
             )
-        return self.quantizer.codes(self.latents(video))
+        return self.quantizer.codes(self.latents(video, *_given(past)))
 
-    def decode(self, codes: jax.Array) -> jax.Array:
+    def decode(self, codes: jax.Array, past: Past | None = None) -> jax.Array:
         """Codes (B, t, h, w) -> video (B, T, H, W, 3) float32, about [-0.5, 0.5]."""
-        return self.reconstruct(self.quantizer.lookup(codes))
+        return self.reconstruct(self.quantizer.lookup(codes), *_given(past))
 
     def losses(
         self,
@@ -117,3 +120,7 @@ class Tokenizer(nnx.Module):
             "recon": recon,
             "codes": codes,
         }
+
+
+def _given(past):
+    return () if past is None else (past,)
