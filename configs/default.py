@@ -119,6 +119,9 @@ def get_config() -> ConfigDict:
     c.preprocess.fps = 8.0
     c.preprocess.max_frames = 0  # longer videos (then) are left out, and counted; 0: none
     c.preprocess.n_frames = 0  # keep only this many frames of a video; 0: all
+    # Cut videos into clips of this many frames, each with rows of its own; 0: a video is one clip.
+    c.preprocess.clip_frames = 0
+    c.preprocess.clip_stride = 0  # frames from one clip's begin to the next one's; 0: clip_frames
     c.preprocess.window = 0  # frames encoded at once; 0: the length the VQ-VAE was trained on
     # Pixels of the overlapping tiles that frames too large for a device are encoded, and samples
     # decoded in; 0: whole.

@@ -61,6 +61,19 @@ def main() -> None:
         help="cut every video to this many frames and leave out shorter ones; 0: keep all",
     )
     add(
+        "--clip_frames",
+        type=int,
+        default=0,
+        help="cut videos into clips of this many frames, each with rows of its own, and leave out "
+        "shorter ones; 0: a video is one clip",
+    )
+    add(
+        "--clip_stride",
+        type=int,
+        default=0,
+        help="frames from the begin of a clip to that of the next; 0: those of a clip",
+    )
+    add(
         "--window",
         type=int,
         default=0,

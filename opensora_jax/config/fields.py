@@ -191,6 +191,8 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "fps": Rule(lambda v: v == 0 or frame_rate.test(v), f"0, or {frame_rate.expected}"),
         "max_frames": at_least(0),
         "n_frames": at_least(0),
+        "clip_frames": at_least(0),
+        "clip_stride": at_least(0),
         "window": at_least(0),
         "tile": at_least(0),
         "batch_size": at_least(1),

@@ -6,6 +6,7 @@ options (crf) to the encoder, and takes a quarter of a second to close a file.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -110,10 +111,40 @@ def read_video(
         file without an index (.mkv, .webm) only a read to the end finds that the end is missing,
         and in one that does not state its length (.ts) none does.
     """
+    _check_arguments(start, n_frames)
+    images, indices = [], []  # a frame that is shown several times is one image
+    frames = read_frames(path, resolution=resolution, fps=fps, start=start)
+    for k, image in enumerate(itertools.islice(frames, n_frames), start):
+        if max_frames is not None and k >= max_frames:
+            raise TooLong(path, f"more than {max_frames} frames")
+        if not images or image is not images[-1]:
+            images.append(image)
+        indices.append(len(images) - 1)
+        if len(indices) * image.nbytes > _MOST_BYTES:
+            raise TooLong(path, f"more than {_MOST_BYTES >> 30} GiB of frames")
+    if not images:
+        raise VideoError(path, "no frames" + (f" from frame {start} on" if start else ""))
+    video = np.stack(images)
+    return video if len(images) == len(indices) else video[indices]
+
+
+def read_frames(
+    path: str | os.PathLike,
+    *,
+    resolution: int | tuple[int, int] | None = None,
+    fps: float | None = None,
+    start: int = 0,
+) -> Iterator[np.ndarray]:
+    """Yields frames as `read_video` gives them, uint8 (H, W, 3), one by one as they are decoded.
+
+    One that is shown several times is the same array each time.
+
+    Raises:
+      ValueError, VideoError: as `read_video`, but for what has no frames.
+    """
     path = Path(path)
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
-    _check_arguments(size, fps, start, n_frames)
-    images, indices = [], []  # a frame that is shown several times is one image
+    _check_size(size, fps)
     reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
     with video_file.opened(path) as (container, stream):
         aspect = video_file.pixel_aspect(path, stream)
@@ -121,26 +152,14 @@ def read_video(
         if fps is not None:
             timed = ((frame, frame.time) for frame in frames)
             frames = resample(path, timed, video_file.usual_rate(stream), fps)
-        previous = None
-        for k, frame in enumerate(frames):
-            if n_frames is not None and k >= start + n_frames:
-                break
-            if max_frames is not None and k >= max_frames:
-                raise TooLong(path, f"more than {max_frames} frames")
-            if k < start:
-                continue
+        previous = image = None
+        for frame in itertools.islice(frames, start, None):
             if frame is not previous:
                 # Frames of another size (a stream may change its own) follow the first one's.
-                shape = size or (images[0].shape[:2] if images else None)
-                images.append(to_image(reformatter, frame, aspect, shape))
+                shape = size or (None if image is None else image.shape[:2])
+                image = to_image(reformatter, frame, aspect, shape)
                 previous = frame
-            indices.append(len(images) - 1)
-            if len(indices) * images[0].nbytes > _MOST_BYTES:
-                raise TooLong(path, f"more than {_MOST_BYTES >> 30} GiB of frames")
-    if not images:
-        raise VideoError(path, "no frames" + (f" from frame {start} on" if start else ""))
-    video = np.stack(images)
-    return video if len(images) == len(indices) else video[indices]
+            yield image
 
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: int = 12) -> None:
@@ -214,11 +233,14 @@ def _write_gif(temporary, frames, fps, crf):
 _ENCODERS = {".mp4": _write_mp4, ".gif": _write_gif}
 
 
-def _check_arguments(size, fps, start, n_frames):
+def _check_size(size, fps):
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"resolution={size}: expected (height, width), both at least 1")
     if fps is not None:
         check_fps(fps)
+
+
+def _check_arguments(start, n_frames):
     if start < 0 or (n_frames is not None and n_frames < 1):
         raise ValueError(f"start={start}, n_frames={n_frames}: expected at least 0 and at least 1")
 

@@ -12,6 +12,7 @@ same, and an interrupted run goes on with what is not noted.
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import signal
 import socket
 import threading
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from opensora_jax import files, process, runtime
 from opensora_jax.data import dataset_writer, part_counts, parts
 from opensora_jax.data.captions import PROBLEM
-from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, LeftOut
+from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, Outcome, Window
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import WindowEncoder, load_tokenizer
 from opensora_jax.preprocessing.job import (
@@ -50,7 +51,6 @@ _TEXTS_PER_PART = 1024
 _BLOCK_BYTES = 2**25  # of decoded windows, which go from one machine to another
 # Tasks that write, or count, at a time: each holds a part.
 _MOST_TASKS = 32
-_LEFT_OUT = {"filtered": Filtered, "failed": Failed}
 
 
 def run(job: Job, address: str | None, finish: Callable[[Made], None]) -> None:
@@ -235,71 +235,106 @@ def _encode_videos(
     n_codes = len(job.model.codebook)
     write = ray.remote(num_cpus=0, max_retries=-1, scheduling_strategy="SPREAD")(_write_videos)
     tasks = _Tasks(note)
-    windows: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
-    outcomes: dict[str, dict[int, dict | LeftOut]] = defaultdict(dict)
+    windows: dict[int, dict[tuple[int, int], np.ndarray]] = defaultdict(dict)
+    ended: dict[int, Outcome] = {}
+    over: set[int] = set()
+    made: dict[str, dict[int, tuple[Outcome, list[dict]]]] = defaultdict(dict)
     for batch in found:
         for row in batch.to_pylist():
             i = row["entry"]
-            name, entry = entries[i]
-            if row["kind"]:
-                clip = _LEFT_OUT[row["kind"]](entry["file"], row["reason"])
-                expect_none_failed(job, clip)
-                outcomes[name][i] = clip
-            elif i not in outcomes[name]:
-                windows[i][row["window"]] = np.frombuffer(row["codes"], np.int32)
-                if len(windows[i]) < row["n_windows"]:
-                    continue
-                codes = np.concatenate([w for _, w in sorted(windows.pop(i).items())])
-                outcomes[name][i] = {
-                    "video_file": entry["file"],
-                    "fps": row["fps"],
-                    parts.CODES: codes.reshape(-1, *job.grid),
-                    "texts": [numbers[caption] for caption in entry["captions"]],
-                }
-            else:
+            if i in over:
                 continue  # known: of a task that was run again
+            if row["outcome"]:
+                ended[i] = _from_json(row["outcome"])
+            else:
+                windows[i][row["clip"], row["window"]] = np.frombuffer(row["codes"], np.int32)
+            videos = _videos(job, entries[i][1], numbers, ended.get(i), windows[i])
+            if videos is None:
+                continue
+            over.add(i)
+            del windows[i]
+            outcome, (name, _) = ended.pop(i), entries[i]
+            expect_none_failed(job, outcome)
+            made[name][i] = outcome, videos
             bar.update()
-            if len(outcomes[name]) == len(groups[name]):
-                ordered = [outcome for _, outcome in sorted(outcomes.pop(name).items())]
+            if len(made[name]) == len(groups[name]):
+                ordered = [one for _, one in sorted(made.pop(name).items())]
                 tasks.add(name, write.remote(str(job.output), name, ordered, n_codes))
     tasks.finish()
 
 
+def _videos(
+    job: Job,
+    entry: dict[str, Any],
+    numbers: dict[str, int],
+    outcome: Outcome | None,
+    windows: dict[tuple[int, int], np.ndarray],
+) -> list[dict] | None:
+    """What `dataset_writer.write_videos` takes, of each clip that is kept; None: not all is known.
+
+    Args:
+      outcome: None as long as it is not known.
+      windows: codes by the numbers of their clip and window, those that have come.
+    """
+    if outcome is None:
+        return None
+    videos = []
+    for k, clip in enumerate(outcome):
+        if isinstance(clip, Clip):
+            codes = [windows.get((k, w)) for w in range(clip.n_windows)]
+            if any(codes_w is None for codes_w in codes):
+                return None
+            videos.append(
+                {
+                    "video_file": entry["file"],
+                    "fps": clip.fps,
+                    **({} if clip.start is None else {"start": clip.start}),
+                    parts.CODES: np.concatenate(codes).reshape(-1, *job.grid),
+                    "texts": [numbers[caption] for caption in entry["captions"]],
+                }
+            )
+    return videos
+
+
 def _decode(table: pa.Table, decoding: Decoding, folder: str) -> Iterator[pa.Table]:
-    """Entries -> windows of their frames, as bytes, or why there are none."""
+    """Entries -> windows of their frames, as bytes, and last what became of their clips."""
     columns = (table.column(key).to_pylist() for key in ("entry", "named"))
     for i, named in zip(*columns, strict=True):
-        clip = decoding(folder, json.loads(named))
-        if not isinstance(clip, Clip):
-            kind = next(kind for kind, of in _LEFT_OUT.items() if isinstance(clip, of))
-            yield _rows(entry=i, kind=kind, reason=clip.reason)
-            continue
-        size = decoding.windows.frames
-        n_windows = -(-len(clip.frames_THWC) // size)
-        for k in range(n_windows):
-            frames_THWC = clip.frames_THWC[k * size : (k + 1) * size]
-            yield _rows(
-                entry=i,
-                window=k,
-                n_windows=n_windows,
-                fps=clip.fps,
-                n=len(frames_THWC),
-                frames=frames_THWC.tobytes(),
-                height=frames_THWC.shape[1],
-            )
+        n_windows: dict[int, int] = Counter()
+        for piece in decoding(folder, json.loads(named)):
+            if isinstance(piece, Window):
+                n, height = piece.frames_THWC.shape[:2]
+                yield _rows(
+                    entry=i,
+                    clip=piece.clip,
+                    window=n_windows[piece.clip],
+                    n=n,
+                    frames=piece.frames_THWC.tobytes(),
+                    height=height,
+                )
+                n_windows[piece.clip] += 1
+            else:
+                yield _rows(entry=i, outcome=_to_json(piece))
+
+
+def _to_json(outcome: Outcome) -> str:
+    return json.dumps([[type(clip).__name__, dataclasses.asdict(clip)] for clip in outcome])
+
+
+def _from_json(text: str) -> Outcome:
+    kinds = {kind.__name__: kind for kind in (Clip, Filtered, Failed)}
+    return [kinds[name](**values) for name, values in json.loads(text)]
 
 
 _COLUMNS = {
     "entry": pa.int64(),
+    "clip": pa.int64(),
     "window": pa.int64(),
-    "n_windows": pa.int64(),
-    "fps": pa.float64(),
     "n": pa.int64(),
     "height": pa.int64(),
     "frames": pa.large_binary(),
     "codes": pa.binary(),
-    "kind": pa.string(),
-    "reason": pa.string(),
+    "outcome": pa.string(),
 }
 
 
@@ -333,14 +368,12 @@ class _WindowActor:
 
 
 def _write_videos(
-    output: str, name: str, outcomes: list[dict | LeftOut], n_codes: int
+    output: str, name: str, made: list[tuple[Outcome, list[dict]]], n_codes: int
 ) -> dict[str, Any]:
     """Writes parts of a group; returns what is to be noted."""
-    videos = [outcome for outcome in outcomes if isinstance(outcome, dict)]
-    left_out = [outcome for outcome in outcomes if not isinstance(outcome, dict)]
     itemsize = dataset_writer.code_dtype(n_codes).itemsize
     written, some, size = [], [], 0
-    for video in videos:
+    for video in (video for _, videos in made for video in videos):
         some.append(video)
         size += video[parts.CODES].size * itemsize
         if size >= PART_BYTES:
@@ -348,7 +381,7 @@ def _write_videos(
             some, size = [], 0
     if some:
         written.append(dataset_writer.write_videos(output, name, some, n_codes))
-    return {**record_of(len(videos), left_out), "parts": written}
+    return {**record_of([outcome for outcome, _ in made]), "parts": written}
 
 
 # ------------------------------------------------------------------------------------------- texts

@@ -1,61 +1,53 @@
 """The engine of one machine: decodes, encodes and writes part by part, in order."""
 
-import math
+import dataclasses
+import itertools
 from collections import Counter
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from opensora_jax.data import clips, dataset_writer, parts
-from opensora_jax.data.clips import Clip, decode_clips
+from opensora_jax.data import dataset_writer, parts
+from opensora_jax.data.clips import Clip, Outcome, Window, decode_clips
 from opensora_jax.inference.tokenizer import WindowEncoder
 from opensora_jax.preprocessing import job as jobs
 
 
 def encode(job: jobs.Job) -> jobs.Made:
     """Writes the parts that are still missing."""
-    output, settings, windows = job.output, job.settings, job.windows
+    output, settings = job.output, job.settings
     records = dataset_writer.read_records(output)
     videos_per_part = settings["videos_per_part"]
-    done = sum(r["kept"] + len(r["filtered"]) + len(r["failed"]) for r in records)
+    done = sum(map(jobs.n_entries, records))
     entries, todo = job.entries, job.entries[done:]
     known = dataset_writer.known_texts(output, len(records))
     n_codes = len(job.model.codebook)
     code_bytes = dataset_writer.code_dtype(n_codes).itemsize
-    latent_bytes = math.prod(job.grid) * code_bytes
-    encoder = WindowEncoder(job.model, settings["window"], job.batch_size, settings.get("tile"))
     features = _CaptionFeatures(job.text_encoder.encode, todo)
-    decoded = decode_clips(job.decoding, job.videos, todo)
     with tqdm(total=len(entries), initial=len(entries) - len(todo), unit="video") as bar:
-        pairs = zip(todo, decoded, strict=True)
+        encoded = zip(todo, _encoded(job, todo), strict=True)
         while done < len(entries):
-            part, kept, left_out, size = [], [], [], 0
-            for entry, clip in islice(pairs, videos_per_part):
+            part, outcomes, rows, size = [], [], [], 0
+            for entry, (outcome, codes) in itertools.islice(encoded, videos_per_part):
                 part.append(entry)
-                if isinstance(clip, Clip):
-                    encoder.add(clip.frames_THWC)
-                    kept.append((entry, clip.fps))
-                    size += windows.latents(len(clip.frames_THWC)) * latent_bytes
-                else:
-                    left_out.append(clip)
-                    jobs.expect_none_failed(job, clip)
+                outcomes.append(outcome)
+                jobs.expect_none_failed(job, outcome)
+                for clip, codes_thw in codes:
+                    row = {"video_file": entry["file"], "fps": clip.fps, parts.CODES: codes_thw}
+                    row |= {} if clip.start is None else {"start": clip.start}
+                    rows += [row | {"caption": caption} for caption in entry["captions"]]
+                    size += codes_thw.size * code_bytes
                 bar.update()
                 if size >= jobs.PART_BYTES:
                     break
             done += len(part)
-            rows = [
-                {"video_file": entry["file"], parts.CODES: codes_thw, "caption": text, "fps": fps}
-                for (entry, fps), codes_thw in zip(kept, encoder.finish(), strict=True)
-                for text in entry["captions"]
-            ]
             text_features = features.compute([row["caption"] for row in rows])
             for row, text_SD in zip(rows, text_features, strict=True):
                 row[parts.TEXT] = text_SD
             features.forget([caption for entry in part for caption in entry["captions"]])
-            record = jobs.record_of(len(kept), left_out)
+            record = jobs.record_of(outcomes)
             dataset_writer.write_part(
                 *(output, len(records), rows, n_codes, record),
                 texts=known,
@@ -65,19 +57,70 @@ def encode(job: jobs.Job) -> jobs.Made:
     return jobs.Made(records)
 
 
-def look(job: jobs.Job) -> dict[str, Any]:
-    """What would become of the videos, without encoding any: the record of all and, of those that
-    would be kept, seconds and motion."""
-    left_out, seconds, motion = [], [], []
-    decoded = decode_clips(job.decoding, job.videos, job.entries)
-    for clip in tqdm(decoded, total=len(job.entries), unit="video"):
-        if isinstance(clip, Clip):
-            seconds.append(round(len(clip.frames_THWC) / clip.fps, 3))
-            motion.append(round(clips.motion(clip.frames_THWC), 3))
+def _encoded(
+    job: jobs.Job, entries: list[dict[str, Any]]
+) -> Iterator[tuple[Outcome, list[tuple[Clip, np.ndarray]]]]:
+    """Yields of each entry, in order, what became of its clips, and of those kept their codes.
+
+    Only windows that wait for a full batch are held, whatever the length of their video.
+    """
+    tile = job.settings.get("tile")
+    encoder = WindowEncoder(job.model, job.settings["window"], job.batch_size, tile)
+    batch: list[tuple[int, Window]] = []
+    codes: dict[int, dict[int, list[np.ndarray]]] = {}  # of entries, of their clips, of windows
+    outcomes: dict[int, Outcome] = {}
+    turn = 0
+
+    def encode_batch() -> None:
+        for _, window in batch:
+            encoder.add(window.frames_THWC)
+        for (i, window), codes_thw in zip(batch, encoder.finish(), strict=True):
+            if i >= turn:  # else of one that failed
+                codes.setdefault(i, {}).setdefault(window.clip, []).append(codes_thw)
+        batch.clear()
+
+    def ended() -> Iterator[tuple[Outcome, list[tuple[Clip, np.ndarray]]]]:
+        """Those that are complete and whose turn it is."""
+        nonlocal turn
+        while turn in outcomes:
+            found = codes.get(turn, {})
+            kept = [(k, c) for k, c in enumerate(outcomes[turn]) if isinstance(c, Clip)]
+            if any(len(found.get(k, ())) < clip.n_windows for k, clip in kept):
+                return
+            codes.pop(turn, None)
+            turn += 1
+            yield outcomes.pop(turn - 1), [(c, np.concatenate(found[k])) for k, c in kept]
+
+    for i, piece in decode_clips(job.decoding, job.videos, entries, encoder.batch_size):
+        if isinstance(piece, Window):
+            batch.append((i, piece))
+            if len(batch) < encoder.batch_size:
+                continue
+            encode_batch()
         else:
-            left_out.append(clip)
-            jobs.expect_none_failed(job, clip)
-    return jobs.record_of(len(seconds), left_out) | {"seconds": seconds, "motion": motion}
+            outcomes[i] = piece
+        yield from ended()
+    encode_batch()
+    yield from ended()
+
+
+def look(job: jobs.Job) -> dict[str, Any]:
+    """What would become of the videos, without encoding any: the record of all and, of the clips
+    that would be kept, seconds and motion."""
+    outcomes: dict[int, Outcome] = {}
+    decoding = dataclasses.replace(job.decoding, measure=True)
+    with tqdm(total=len(job.entries), unit="video") as bar:
+        for i, piece in decode_clips(decoding, job.videos, job.entries):
+            if not isinstance(piece, Window):
+                jobs.expect_none_failed(job, piece)
+                outcomes[i] = piece
+                bar.update()
+    in_order = [outcomes[i] for i in range(len(job.entries))]
+    kept = [clip for outcome in in_order for clip in outcome if isinstance(clip, Clip)]
+    return jobs.record_of(in_order) | {
+        "seconds": [round(clip.n_frames / clip.fps, 3) for clip in kept],
+        "motion": [round(clip.figures["motion"], 3) for clip in kept],
+    }
 
 
 class _CaptionFeatures:
