@@ -1,4 +1,4 @@
-"""Packaging of opensora_jax: `pip install -e .` (extras: tpu, cuda, ray, test)."""
+"""Packaging of opensora_jax: `pip install -e .` (extras: tpu, cuda, ray, scenes, test)."""
 
 from setuptools import find_packages, setup
 
@@ -40,8 +40,10 @@ setup(
         "tpu": ["jax[tpu]", "etils[epath-gcs]"],  # gs:// paths
         "cuda": ["jax[cuda13]"],
         "ray": ["ray[data]"],  # preprocessing on many machines
+        "scenes": ["scenedetect-headless>=0.7"],  # preprocessing that cuts at scene changes
         "test": [
             "ray[data]",
+            "scenedetect-headless>=0.7",
             "moto[server]",
             "s3fs",
             "pytest",

@@ -99,6 +99,17 @@ def main() -> None:
         help="each row with all its columns, as datasets.load_from_disk reads a part: codes and "
         "features are stored as often as there are captions",
     )
+    add(
+        "--split_scenes",
+        action="store_true",
+        help="cut videos where another shot begins, so that no clip spans two (needs the extra "
+        "scenes)",
+    )
+    add(
+        "--crop_bars",
+        action="store_true",
+        help="cut black bars off videos before they are resized",
+    )
     add("--min_side", type=int, default=0, help="leave out videos with a shorter side, in pixels")
     add(
         "--min_motion",
@@ -112,6 +123,20 @@ def main() -> None:
         type=float,
         default=0,
         help="leave out videos whose brightest frame is darker, of 255",
+    )
+    add(
+        "--max_frozen",
+        type=float,
+        default=0,
+        help="leave out videos of which a larger share is one run of equal frames; 0: none",
+    )
+    add(
+        "--near_duplicates",
+        type=int,
+        default=0,
+        metavar="BITS",
+        help="leave out clips that differ in no more of 256 bits of what they look like from one "
+        "of another video before them; 0: none, 10 finds the same in another size or encoding",
     )
     add(
         "--dry_run",

@@ -199,9 +199,13 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "videos_per_part": at_least(1),
         "flat": true_or_false,
         "strict": true_or_false,
+        "split_scenes": true_or_false,
+        "crop_bars": true_or_false,
         "min_side": at_least(0),
         "min_motion": not_negative,
         "min_brightness": not_negative,
+        "max_frozen": share,
+        "near_duplicates": at_least(0),
     },
     "dit": _TRAINING
     | {

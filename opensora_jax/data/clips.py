@@ -4,12 +4,11 @@ A video is never held whole: its frames come in windows, as they are encoded, an
 becomes of the clips that they belong to.
 """
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import numpy as np
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.data import archives, video_io
+from opensora_jax.data import archives, scenes, video_io
 from opensora_jax.data.captions import PROBLEM
-from opensora_jax.data.looks import FIGURES, Look
+from opensora_jax.data.looks import FIGURES, Look, content
 from opensora_jax.data.video_window import Timeline
 from opensora_jax.windows import Windows
 
@@ -46,23 +45,30 @@ class Clip:
       n_frames, n_windows: that were given of it.
       start: seconds from the video's begin to its own; None of a whole video.
       figures: what it shows, of `looks.FIGURES` those that were asked for.
+      hash: what it looks like, as `Look.hash` says, if it was asked for.
     """
 
     fps: float
     n_frames: int
     n_windows: int
     start: float | None = None
-    figures: dict[str, float] = dataclasses.field(default_factory=dict, compare=False)
+    figures: dict[str, float] = field(default_factory=dict, compare=False)
+    hash: str | None = None
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A video, or a clip of it, that does not go into the dataset: `Filtered` or `Failed`."""
+    """A video, or a clip of it, that does not go into the dataset: `Filtered` or `Failed`.
+
+    Attributes:
+      like: the file of the clip that it is a near-duplicate of.
+    """
 
     file: str
     reason: str
     start: float | None = None
-    figures: dict[str, float] = dataclasses.field(default_factory=dict, compare=False)
+    figures: dict[str, float] = field(default_factory=dict, compare=False)
+    like: str | None = None
 
 
 class Filtered(LeftOut):
@@ -79,6 +85,8 @@ Outcome = list[Clip | LeftOut]
 
 # Videos that are begun while one before them is not over: of these codes are held.
 _MOST_AHEAD = 1000
+# Frames by which bars are found.
+_LOOKED_AT = 8
 # Of a clip: timestamps can ask for any number of repetitions of a frame.
 _MOST_FRAMES = 2**20
 
@@ -98,10 +106,15 @@ class Decoding:
       clip_frames: cut every video into clips of this many frames, and filter shorter ones; a rest
         that makes no clip is dropped. 0: a video is one clip.
       clip_stride: frames from the begin of a clip to that of the next; 0: clip_frames.
-      min_side: pixels of the file's shorter side; smaller ones are filtered.
+      split_scenes: cut every video where another shot begins, so that no clip spans two.
+      crop_bars: cut black bars off before videos are resized, where they are throughout.
+      min_side: pixels of the file's shorter side, without these bars; smaller ones are filtered.
       min_motion: by which pixels differ on average from one frame to the next, of 255; what moves
         less is filtered. Of one frame there is none to tell.
       min_brightness: of pixels on average in the brightest frame, of 255; darker ones are filtered.
+      max_frozen: share of frames in the longest run of equal ones; what stands still for longer is
+        filtered. 0: nothing is.
+      near_duplicates: whether clips get a hash, by which they can be told; 0: they do not.
       measure: whether all figures are measured, also those that nothing is filtered by.
     """
 
@@ -112,9 +125,13 @@ class Decoding:
     windows: Windows
     clip_frames: int = 0
     clip_stride: int = 0
+    split_scenes: bool = False
+    crop_bars: bool = False
     min_side: int = 0
     min_motion: float = 0.0
     min_brightness: float = 0.0
+    max_frozen: float = 0.0
+    near_duplicates: int = 0
     measure: bool = False
 
     def __call__(self, folder: epath.PathLike, entry: dict[str, Any]) -> Iterator[Window | Outcome]:
@@ -148,13 +165,22 @@ class Decoding:
     def _clips(self, path: Path, name: str) -> Iterator[Window]:
         """Yields windows; returns the outcome."""
         info = video_io.probe(path)  # to its end, which is to be there even if it is cut
-        if min(info.height, info.width) < self.min_side:
-            size = f"{info.width} x {info.height} pixels"
-            return [Filtered(name, f"{size}, expected a side of at least {self.min_side}")]
+        box, size = None, (info.height, info.width)
+        if self.crop_bars:
+            box = _content(path, size)
+            top, bottom, left, right = box or (0, 1, 0, 1)
+            size = round(size[0] * (bottom - top)), round(size[1] * (right - left))
+        if min(size) < self.min_side:
+            found = f"{size[1]} x {size[0]} pixels"
+            reason = f"{found}, expected a side of at least {self.min_side}"
+            return [Filtered(name, reason, figures=self._side(size))]
         fps = self.fps or info.fps
-        if self.clip_frames:
+        if self.clip_frames or self.split_scenes:
             timeline = Timeline.read(path, self.fps)
-            spans = self._spans(len(timeline))
+            shots = [range(len(timeline))]
+            if self.split_scenes:
+                shots = _shots(timeline, (info.height, info.width))
+            spans = [span for shot in shots for span in self._spans(shot)]
             is_wanted = np.zeros(len(timeline), bool)
             clips = []
             for span in spans:
@@ -162,13 +188,15 @@ class Decoding:
                 is_wanted[span.start : span.stop] = clip.may_have(len(span))
                 clips.append(clip)
             numbers = np.flatnonzero(is_wanted).tolist()
-            images = timeline.images(numbers, self.resolution)
+            images = timeline.images(numbers, self.resolution, box)
             numbered = zip(numbers, images, strict=True)
         else:
-            images = video_io.read_frames(path, resolution=self.resolution, fps=self.fps)
+            images = video_io.read_frames(path, resolution=self.resolution, fps=self.fps, box=box)
             most = self.n_frames or self._limit + 1
             spans, clips = [range(most)], [_Growing(self, name, 0, fps)]
             numbered = enumerate(itertools.islice(images, most))
+        for clip in clips:
+            clip.figures |= self._side(size)
         first = 0  # of the clips that are not over
         for number, frame_HWC in numbered:
             while spans[first].stop <= number:
@@ -182,11 +210,12 @@ class Decoding:
             yield from clip.end()
         return [clip.outcome for clip in clips]
 
-    def _spans(self, n_frames: int) -> list[range]:
-        """The frames of each clip; those of a video that is too short, all of them."""
-        stride = self.clip_stride or self.clip_frames
-        firsts = range(0, max(n_frames - self.clip_frames, 0) + 1, stride)
-        return [range(i, min(i + self.clip_frames, n_frames)) for i in firsts]
+    def _spans(self, shot: range) -> list[range]:
+        """The frames of each clip of a shot; of one that is too short, all of them."""
+        n = self.clip_frames
+        if not n:
+            return [shot[: self.n_frames]]
+        return [shot[i : i + n] for i in range(0, max(len(shot) - n, 0) + 1, self.clip_stride or n)]
 
     @property
     def _least(self) -> int:
@@ -202,7 +231,16 @@ class Decoding:
     @property
     def _figures(self) -> frozenset[str]:
         """Those that are to be measured."""
-        return frozenset(x for x in FIGURES if self.measure or getattr(self, f"min_{x}"))
+        filters = {
+            "motion": self.min_motion,
+            "brightness": self.min_brightness,
+            "frozen": self.max_frozen,
+            "side": self.min_side,
+        }
+        return frozenset(name for name in FIGURES if self.measure or filters[name])
+
+    def _side(self, size: tuple[int, int]) -> dict[str, float]:
+        return {"side": min(size)} if "side" in self._figures else {}
 
     def _why_filtered(self, figures: dict[str, float]) -> str | None:
         if self.min_brightness and figures["brightness"] < self.min_brightness:
@@ -211,6 +249,9 @@ class Decoding:
         if self.min_motion and figures["motion"] < self.min_motion:
             found = figures["motion"]
             return f"still: moves by {found:.2f} of 255, expected at least {self.min_motion:g}"
+        if self.max_frozen and figures["frozen"] > self.max_frozen:
+            found = figures["frozen"]
+            return f"frozen: for {found:.2f} of its length, expected at most {self.max_frozen:g}"
         return None
 
 
@@ -224,7 +265,8 @@ class _Growing:
         self._fps, self._start = fps, start
         self._waiting: list[np.ndarray] = []
         self._n_frames, self._n_windows = 0, 0
-        self._look = Look(decoding._figures)
+        self._look = Look(decoding._figures, bool(decoding.near_duplicates))
+        self.figures: dict[str, float] = {}
         self.outcome: Clip | LeftOut | None = None
 
     def may_have(self, n_frames: int) -> bool:
@@ -250,15 +292,16 @@ class _Growing:
         del self._waiting[rest:]
         if rest:
             yield self._window()
-        figures = self._look.figures()
-        if reason := self._decoding._why_filtered(figures):
-            self._leave_out(reason, figures)
-        else:
-            self.outcome = Clip(self._fps, n_frames, self._n_windows, self._start, figures)
+        self.figures |= self._look.figures()
+        if reason := self._decoding._why_filtered(self.figures):
+            self._leave_out(reason)
+            return
+        counted = (self._fps, n_frames, self._n_windows, self._start)
+        self.outcome = Clip(*counted, self.figures, self._look.hash())
 
-    def _leave_out(self, reason: str, figures: dict[str, float] | None = None) -> None:
+    def _leave_out(self, reason: str) -> None:
         if not self.outcome:
-            self.outcome = Filtered(self._name, reason, self._start, figures or {})
+            self.outcome = Filtered(self._name, reason, self._start, self.figures)
 
     def _window(self) -> Window:
         frames_THWC = np.stack(self._waiting)
@@ -266,6 +309,23 @@ class _Growing:
         self._look.add(frames_THWC)
         self._n_windows += 1
         return Window(self._number, frames_THWC)
+
+
+def _shots(timeline: Timeline, size: tuple[int, int]) -> list[range]:
+    """The frames of each shot of a video of this (height, width)."""
+    if timeline.pts is None:  # so that its frames cannot be told but by reading them
+        cuts = scenes.cuts(timeline.path, size, timeline.fps)
+    else:
+        cuts = np.searchsorted(timeline.frames, scenes.cuts(timeline.path, size)).tolist()
+    edges = sorted({0, *cuts, len(timeline)})
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _content(path: Path, size: tuple[int, int]) -> video_io.Box | None:
+    """Where the content of a video of this (height, width) is, by frames spread over it."""
+    timeline = Timeline.read(path)
+    numbers = np.linspace(0, len(timeline) - 1, _LOOKED_AT).round().astype(int)
+    return content(timeline.images(np.unique(numbers).tolist(), size), size)
 
 
 def _expect_inside(folder: epath.Path, name: str) -> None:

@@ -24,6 +24,9 @@ from opensora_jax.data.video_file import VideoError
 
 Frame = TypeVar("Frame")
 
+# (top, bottom, left, right), shares of height and width as shown.
+Box = tuple[float, float, float, float]
+
 MIN_FPS, MAX_FPS = 0.01, 1000  # frames per second that are written, or resampled to
 # Of one read: timestamps can ask for any number of repetitions of a frame.
 _MOST_BYTES = 2**31
@@ -134,10 +137,14 @@ def read_frames(
     resolution: int | tuple[int, int] | None = None,
     fps: float | None = None,
     start: int = 0,
+    box: Box | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields frames as `read_video` gives them, uint8 (H, W, 3), one by one as they are decoded.
 
     One that is shown several times is the same array each time.
+
+    Args:
+      box: what of each frame is there; None: all. With a resolution alone.
 
     Raises:
       ValueError, VideoError: as `read_video`, but for what has no frames.
@@ -157,7 +164,7 @@ def read_frames(
             if frame is not previous:
                 # Frames of another size (a stream may change its own) follow the first one's.
                 shape = size or (None if image is None else image.shape[:2])
-                image = to_image(reformatter, frame, aspect, shape)
+                image = to_image(reformatter, frame, aspect, shape, box)
                 previous = frame
             yield image
 
@@ -289,11 +296,17 @@ def to_image(
     frame: av.VideoFrame,
     aspect: float,
     size: tuple[int, int] | None,
+    box: Box | None = None,
 ) -> np.ndarray:
-    """Converts to RGB, rotates as the file says, resizes to cover `size`, crops the centre."""
+    """Converts to RGB, rotates as the file says, resizes to cover `size`, crops the centre.
+
+    Args:
+      box: the part of the frame, as it is shown, that is to cover `size`; None: all of it.
+    """
     height, width = _shown_size(frame, aspect)
     out_height, out_width = size or (height, width)
-    scale = max(out_height / height, out_width / width)
+    top, bottom, left, right = box or (0, 1, 0, 1)
+    scale = max(out_height / (height * (bottom - top)), out_width / (width * (right - left)))
     covered = (max(out_height, round(height * scale)), max(out_width, round(width * scale)))
     to_height, to_width = covered[::-1] if frame.rotation % 180 else covered
     is_hd = frame.colorspace == _UNSPECIFIED_MATRIX and frame.height >= _HD_LINES
@@ -308,5 +321,11 @@ def to_image(
         threads=1,
     ).to_ndarray()
     image = np.rot90(image, round(frame.rotation / 90) % 4)
-    top, left = (covered[0] - out_height) // 2, (covered[1] - out_width) // 2
-    return image[top : top + out_height, left : left + out_width]
+    first_row = _first(covered[0], out_height, top + bottom)
+    first_column = _first(covered[1], out_width, left + right)
+    return image[first_row : first_row + out_height, first_column : first_column + out_width]
+
+
+def _first(n: int, n_out: int, ends: float) -> int:
+    """The first of `n_out` of `n` pixels around the centre of a box with these ends, added up."""
+    return min(max(int(n * ends - n_out) // 2, 0), n - n_out)

@@ -95,7 +95,10 @@ class Timeline:
         return np.stack(list(self.images(range(start, start + n_frames), resolution)))
 
     def images(
-        self, numbers: Sequence[int], resolution: int | tuple[int, int]
+        self,
+        numbers: Sequence[int],
+        resolution: int | tuple[int, int],
+        box: video_io.Box | None = None,
     ) -> Iterator[np.ndarray]:
         """Yields the frames of these numbers at this rate, ascending, uint8 (H, W, 3).
 
@@ -103,20 +106,23 @@ class Timeline:
 
         Args:
           resolution: (height, width) that they are resized and cropped to, or one number for both.
+          box: what of each frame is there; None: all.
 
         Raises:
           VideoError: a frame that is needed is damaged or missing.
         """
         n = 0
         if self.pts is not None and len(numbers):
-            for image in self._found(self.pts[self.frames[numbers]], resolution):
+            for image in self._found(self.pts[self.frames[numbers]], resolution, box):
                 yield image
                 n += 1
         if n == len(numbers):
             return
         # Not all of them were found, whole, where they were said to be.
         numbers, place = numbers[n:], numbers[n]
-        frames = video_io.read_frames(self.path, resolution=resolution, fps=self.fps, start=place)
+        frames = video_io.read_frames(
+            self.path, resolution=resolution, fps=self.fps, start=place, box=box
+        )
         wanted = iter(numbers)
         for number in wanted:
             image = next(itertools.islice(frames, number - place, None), None)
@@ -125,7 +131,12 @@ class Timeline:
             yield image
             place = number + 1
 
-    def _found(self, pts: np.ndarray, resolution: int | tuple[int, int]) -> Iterator[np.ndarray]:
+    def _found(
+        self,
+        pts: np.ndarray,
+        resolution: int | tuple[int, int],
+        box: video_io.Box | None,
+    ) -> Iterator[np.ndarray]:
         """Images of the frames with these timestamps, up to the first that is not found whole."""
         size = (resolution, resolution) if isinstance(resolution, int) else resolution
         reformatter = VideoReformatter()
@@ -146,7 +157,7 @@ class Timeline:
                     frame = next(images, None)
                     if frame is None or frame.pts != time:
                         return
-                    image = video_io.to_image(reformatter, frame, aspect, size)
+                    image = video_io.to_image(reformatter, frame, aspect, size, box)
                     yield from itertools.repeat(image, n)
 
     def _runs(self, pts: np.ndarray) -> list[np.ndarray]:

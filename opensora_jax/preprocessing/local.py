@@ -13,6 +13,7 @@ from opensora_jax.data import dataset_writer, parts
 from opensora_jax.data.clips import Clip, Outcome, Window, decode_clips
 from opensora_jax.inference.tokenizer import WindowEncoder
 from opensora_jax.preprocessing import job as jobs
+from opensora_jax.preprocessing.duplicates import Duplicates
 
 
 def encode(job: jobs.Job) -> jobs.Made:
@@ -26,19 +27,25 @@ def encode(job: jobs.Job) -> jobs.Made:
     n_codes = len(job.model.codebook)
     code_bytes = dataset_writer.code_dtype(n_codes).itemsize
     features = _CaptionFeatures(job.text_encoder.encode, todo)
+    duplicates = Duplicates(settings.get("near_duplicates", 0))
+    for record in records:
+        duplicates.recall(record)
     with tqdm(total=len(entries), initial=len(entries) - len(todo), unit="video") as bar:
         encoded = zip(todo, _encoded(job, todo), strict=True)
         while done < len(entries):
             part, outcomes, rows, size = [], [], [], 0
             for entry, (outcome, codes) in itertools.islice(encoded, videos_per_part):
+                jobs.expect_none_failed(job, outcome)
+                outcome = duplicates.without(entry["file"], outcome)
                 part.append(entry)
                 outcomes.append(outcome)
-                jobs.expect_none_failed(job, outcome)
-                for clip, codes_thw in codes:
-                    row = {"video_file": entry["file"], "fps": clip.fps, parts.CODES: codes_thw}
-                    row |= {} if clip.start is None else {"start": clip.start}
-                    rows += [row | {"caption": caption} for caption in entry["captions"]]
-                    size += codes_thw.size * code_bytes
+                for clip, codes_thw in zip(outcome, codes, strict=True):
+                    if isinstance(clip, Clip):
+                        row = {"video_file": entry["file"], "fps": clip.fps}
+                        row |= {"start": clip.start} if job.cuts else {}
+                        row[parts.CODES] = codes_thw
+                        rows += [row | {"caption": caption} for caption in entry["captions"]]
+                        size += codes_thw.size * code_bytes
                 bar.update()
                 if size >= jobs.PART_BYTES:
                     break
@@ -47,7 +54,7 @@ def encode(job: jobs.Job) -> jobs.Made:
             for row, text_SD in zip(rows, text_features, strict=True):
                 row[parts.TEXT] = text_SD
             features.forget([caption for entry in part for caption in entry["captions"]])
-            record = jobs.record_of(outcomes)
+            record = jobs.record_of(outcomes, [entry["file"] for entry in part])
             dataset_writer.write_part(
                 *(output, len(records), rows, n_codes, record),
                 texts=known,
@@ -59,8 +66,8 @@ def encode(job: jobs.Job) -> jobs.Made:
 
 def _encoded(
     job: jobs.Job, entries: list[dict[str, Any]]
-) -> Iterator[tuple[Outcome, list[tuple[Clip, np.ndarray]]]]:
-    """Yields of each entry, in order, what became of its clips, and of those kept their codes.
+) -> Iterator[tuple[Outcome, list[np.ndarray | None]]]:
+    """Yields of each entry, in order, what became of its clips, and the codes of those kept.
 
     Only windows that wait for a full batch are held, whatever the length of their video.
     """
@@ -79,17 +86,21 @@ def _encoded(
                 codes.setdefault(i, {}).setdefault(window.clip, []).append(codes_thw)
         batch.clear()
 
-    def ended() -> Iterator[tuple[Outcome, list[tuple[Clip, np.ndarray]]]]:
+    def ended() -> Iterator[tuple[Outcome, list[np.ndarray | None]]]:
         """Those that are complete and whose turn it is."""
         nonlocal turn
         while turn in outcomes:
             found = codes.get(turn, {})
-            kept = [(k, c) for k, c in enumerate(outcomes[turn]) if isinstance(c, Clip)]
-            if any(len(found.get(k, ())) < clip.n_windows for k, clip in kept):
+            kept = {k: clip for k, clip in enumerate(outcomes[turn]) if isinstance(clip, Clip)}
+            if any(len(found.get(k, ())) < clip.n_windows for k, clip in kept.items()):
                 return
             codes.pop(turn, None)
+            outcome = outcomes.pop(turn)
             turn += 1
-            yield outcomes.pop(turn - 1), [(c, np.concatenate(found[k])) for k, c in kept]
+            yield (
+                outcome,
+                [np.concatenate(found[k]) if k in kept else None for k in range(len(outcome))],
+            )
 
     for i, piece in decode_clips(job.decoding, job.videos, entries, encoder.batch_size):
         if isinstance(piece, Window):
@@ -115,9 +126,11 @@ def look(job: jobs.Job) -> dict[str, Any]:
                 jobs.expect_none_failed(job, piece)
                 outcomes[i] = piece
                 bar.update()
-    in_order = [outcomes[i] for i in range(len(job.entries))]
+    duplicates = Duplicates(job.settings.get("near_duplicates", 0))
+    names = [entry["file"] for entry in job.entries]
+    in_order = [duplicates.without(name, outcomes[i]) for i, name in enumerate(names)]
     kept = [clip for outcome in in_order for clip in outcome if isinstance(clip, Clip)]
-    return jobs.record_of(in_order) | {
+    return jobs.record_of(in_order, names) | {
         "seconds": [round(clip.n_frames / clip.fps, 3) for clip in kept],
         "motion": [round(clip.figures["motion"], 3) for clip in kept],
     }

@@ -45,7 +45,8 @@ def command(captions, videos, output, vqvae, text_model, settings, engine, stric
         file_column, caption_column = settings["columns"]
         words += ["--file_column", file_column, "--caption_column", caption_column]
     for name in CURATION:
-        words += [f"--{name}", settings[name]] if name in settings else []
+        value = settings.get(name)
+        words += [f"--{name}", *([] if value is True else [value])] if value else []
     words += ["--strict"] if strict else []
     words += ["--engine", engine] if engine != "local" else []
     return shlex.join(map(str, words))

@@ -6,6 +6,8 @@ import numpy as np
 
 from opensora_jax import files
 from opensora_jax.data import dataset_writer
+from opensora_jax.data.looks import FIGURES
+from opensora_jax.data.survey import by_reason
 from opensora_jax.preprocessing.job import Job, Made, PreprocessError, n_entries
 
 DRY_RUN = "dry_run.json"
@@ -18,7 +20,9 @@ def counted(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What metadata.json says of the videos: which were left out and why, and `counts`.
 
     Each video counts once, kept where one of its clips is, so that kept, filtered and failed are
-    all entries. Where videos are cut, `clip_counts` says the same of clips.
+    all entries. Where videos are cut, `clip_counts` says the same of clips. `figures` says how much
+    clips show, of what was measured: how many of those kept, and of those filtered, lie between
+    two edges.
     """
     left_out = {
         kind: [video for record in records for video in record[kind]]
@@ -30,12 +34,25 @@ def counted(job: Job, records: list[dict[str, Any]]) -> dict[str, Any]:
     if job.cuts:
         n_clips = sum(record["clips"] for record in records)
         found["clip_counts"] = {"kept": n_clips, "filtered": len(left_out["filtered"])}
+    figures = [record["figures"] for record in records if "figures" in record]
+    for name in FIGURES:
+        counts = [of[name] for of in figures if name in of]
+        if counts:
+            found.setdefault("figures", {})[name] = {"edges": FIGURES[name]} | {
+                kind: np.sum([c[kind] for c in counts], axis=0).tolist()
+                for kind in ("kept", "filtered")
+            }
     return found
 
 
 def finish_dry_run(job: Job, found: dict[str, Any]) -> None:
     """Writes and tells what `local.look` found."""
     found |= counted(job, [found])
+    found.pop("hashes", None)
+    found["reasons"] = {
+        kind: {reason: len(videos) for reason, videos in by_reason(found[kind]).items()}
+        for kind in ("filtered", "failed")
+    }
     files.write_json(job.output / DRY_RUN, found)
     _tell(found)
     hours = sum(found["seconds"]) / 3600

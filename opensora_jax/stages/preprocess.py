@@ -15,7 +15,7 @@ from etils import epath
 
 from opensora_jax import files, lock
 from opensora_jax.build import training as build
-from opensora_jax.data import dataset, dataset_writer, video_io
+from opensora_jax.data import dataset, dataset_writer, scenes, video_io
 from opensora_jax.data.captions import COLUMNS, expect_a_video, read_captions
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder
@@ -94,9 +94,13 @@ def preprocess(
     flat: bool = False,
     columns: tuple[str, str] = COLUMNS,
     strict: bool = False,
+    split_scenes: bool = False,
+    crop_bars: bool = False,
     min_side: int = 0,
     min_motion: float = 0.0,
     min_brightness: float = 0.0,
+    max_frozen: float = 0.0,
+    near_duplicates: int = 0,
     dry_run: bool = False,
     engine: str = "local",
     ray_address: str | None = None,
@@ -133,7 +137,12 @@ def preprocess(
         features are stored as often as there are captions.
       columns: of captions in a table: the names of the column of files and of that of captions.
       strict: whether one entry or video that cannot be used ends it, instead of being left out.
-      min_side, min_motion, min_brightness: what a video has to show to be kept, as `Decoding` says.
+      split_scenes: cut videos where another shot begins, too, so that no clip spans two; each shot
+        is a clip of its own, or several of `clip_frames`.
+      crop_bars, min_side, min_motion, min_brightness, max_frozen: what is cut off videos, and what
+        a clip has to show to be kept, as `Decoding` says.
+      near_duplicates: of 256 bits of what they look like, in how many two clips of different videos
+        may differ and the later one be left out; 0: none is.
       dry_run: videos are looked at, and what would become of them is written into
         `output`/dry_run.json; nothing is encoded.
       engine: `local`: this machine alone; `ray`: a cluster of them.
@@ -154,9 +163,13 @@ def preprocess(
     curation = {
         "clip_frames": clip_frames,
         "clip_stride": clip_stride,
+        "split_scenes": split_scenes,
+        "crop_bars": crop_bars,
         "min_side": min_side,
         "min_motion": min_motion,
         "min_brightness": min_brightness,
+        "max_frozen": max_frozen,
+        "near_duplicates": near_duplicates,
     }
     counts = {
         "max_frames": max_frames,
@@ -169,6 +182,8 @@ def preprocess(
     for name, value in curation.items():
         if value < 0:
             raise PreprocessError(f"{name}={value}: expected at least 0")
+    if split_scenes:
+        scenes.expect_installed()
     if clip_frames and n_frames:
         raise PreprocessError(f"n_frames={n_frames}: expected none with clip_frames={clip_frames}")
     if clip_stride and not clip_frames:

@@ -11,7 +11,6 @@ from opensora_jax.data.clips import (
     Failed,
     Filtered,
 )
-from opensora_jax.data.looks import FIGURES, Look
 from opensora_jax.data.video_io import read_video, write_video
 from opensora_jax.windows import Windows
 
@@ -118,16 +117,3 @@ def test_what_shows_too_little_is_filtered_with_the_figures(tmp_path):
         assert sum(isinstance(clip, Filtered) for clip, _ in found) == 1
     found = decoded_whole(Decoding(**OPTIONS), tmp_path, names)
     assert all(isinstance(clip, Clip) for clip, _ in found)
-
-
-def test_motion_is_the_mean_change_of_pixels():
-    frames = np.zeros((3, 2, 2, 3), np.uint8)
-    frames[1], frames[2, 0] = 10, 250
-    for parts in ([3], [1, 2], [2, 1]):  # in whatever windows they come
-        look = Look(frozenset(FIGURES))
-        for part in np.split(frames, np.cumsum(parts)[:-1]):
-            look.add(part)
-        assert look.figures() == {"motion": (10 + (240 + 10) / 2) / 2, "brightness": 125}
-    look = Look(frozenset(["motion"]))
-    look.add(frames[:1])
-    assert look.figures() == {"motion": 0}

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from test_looks import scene
 from test_video_window import FILES, damage, write
 from videos import decoded, write_lossless
 
-from opensora_jax.data import clips, video_io
+from opensora_jax.data import clips, scenes, video_io
 from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, Window
 from opensora_jax.data.video_io import read_video
 from opensora_jax.windows import Windows
@@ -92,6 +93,40 @@ def test_what_a_clip_shows_decides_over_it_alone(tmp_path):
     assert [isinstance(clip, Clip) for clip, _ in (one, other, last)] == [True, False, True]
     assert other[0].reason == "still: moves by 0.00 of 255, expected at least 1"
     assert other[0].start == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("fps", [None, 8.0])
+def test_no_clip_spans_a_cut(tmp_path, fps):
+    """Shots of 40, 9 and 50 frames at 24 a second, encoded."""
+    shots = [scene(seed, n) for seed, n in ((0, 40), (1, 9), (2, 50))]
+    video_io.write_video(tmp_path / "a.mp4", np.concatenate(shots), fps=24)
+    whole = read_video(tmp_path / "a.mp4", resolution=(16, 24), fps=fps)
+    ends = [0, 40, 49, 99] if fps is None else [0, 14, 17, 33]  # 40 / 3 = 13.3, ...
+    options = OPTIONS | {"fps": fps, "split_scenes": True, "windows": Windows(4, False, 4)}
+    sizes = {"clip_frames": 0, "max_frames": 45} if fps is None else {"clip_frames": 4}
+    (found,) = decoded(Decoding(**(options | sizes)), tmp_path, [{"file": "a.mp4"}])
+    if fps is None:
+        (first, frames), (second, few), (third, none) = found
+        np.testing.assert_array_equal(frames, whole[:40])
+        np.testing.assert_array_equal(few, whole[40:48])  # a rest of one is dropped
+        assert [first.start, second.start] == pytest.approx([0, 40 / 24])
+        assert none is None
+        assert third == Filtered("a.mp4", "more than 45 frames", pytest.approx(49 / 24))
+        return
+    starts = [round(clip.start * 8) for clip, _ in found]
+    assert starts == [0, 4, 8, 14, 17, 21, 25, 29]
+    for start, (clip, frames) in zip(starts, found, strict=True):
+        if start == 14:  # a shot of three frames
+            assert clip.reason == "3 frames, expected at least 4"
+        else:
+            assert not any(start < end < start + 4 for end in ends)
+            np.testing.assert_array_equal(frames, whole[start : start + 4])
+
+
+def test_without_the_library_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'opensora_jax\[scenes\]'"):
+        scenes.expect_installed()
 
 
 def held(decoding, folder, name):

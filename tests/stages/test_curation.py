@@ -1,14 +1,22 @@
 """Datasets of clips cut from videos, through the whole of preprocessing."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
-from made_world import RESOLUTION, run_on, write_captions, write_video
+from made_world import RESOLUTION, ROOT, command, run_on, write_captions, write_video
 from test_preprocess import contents, direct_codes
+from test_preprocess_on_ray import expect_same, finish, start, wait_for
 
+from opensora_jax import inspect_data
 from opensora_jax.data import dataset, pipeline, video_io
 from opensora_jax.data.joined import load_joined
+from opensora_jax.data.video_io import write_video as write_frames
 from opensora_jax.inference.tokenizer import load_tokenizer
 from opensora_jax.stages.preprocess import PreprocessError
 
@@ -41,10 +49,10 @@ def test_each_clip_has_rows_of_its_own_with_its_start(world, cut):
     ]
     assert len(found) == len(rows) == 14
     model = load_tokenizer(world / "vqvae")
-    for i, (name, start, caption, first) in enumerate(rows):
+    for i, (name, seconds, caption, first) in enumerate(rows):
         assert found.column(i, "video_file") == name
         assert found.column(i, "caption") == caption
-        assert found.column(i, "start") == pytest.approx(start)
+        assert found.column(i, "start") == pytest.approx(seconds)
         frames = video_io.read_video(videos / name, resolution=RESOLUTION, start=first, n_frames=8)
         np.testing.assert_array_equal(found[i]["video_latent_states"], direct_codes(model, frames))
     metadata = found.metadata
@@ -88,9 +96,126 @@ def test_a_dry_run_counts_videos_and_clips(world, cut, tmp_path, capsys):
     assert found["counts"] == {"kept": 3, "filtered": 1, "failed": 1}
     assert found["clip_counts"] == {"kept": 7, "filtered": 1}
     assert found["seconds"] == [1.0] * 7
+    assert found["reasons"] == {
+        "filtered": {"N frames, expected at least N": 1},
+        "failed": {"no such file": 1},
+    }
+    for name, figure in found["figures"].items():
+        assert sum(figure["kept"]) == 7, name
+        assert sum(figure["filtered"]) == (name == "side"), name
+        assert len(figure["edges"]) == len(figure["kept"]) + 1
+    assert found["figures"].keys() == {"motion", "brightness", "frozen", "side"}
     said = capsys.readouterr().out
     assert "7 clips of 3 videos, 0.00 hours, would be kept" in said
     assert "short.mp4 at 0.000 s: 7 frames, expected at least 8" in said
+
+
+CURATED = {"clip_frames": 8, "near_duplicates": 6, "min_motion": 1.0, "min_side": 16}
+
+
+def curated_videos(folder):
+    """Of 10 videos two are others once more, one in part, one stands still and one is no video;
+    returns the captions."""
+    (folder / "videos").mkdir()
+    for i in range(8):
+        write_textures(folder / "videos" / f"{i}.mp4", 8 + 8 * (i % 3), seed=i)
+    write_textures(folder / "videos" / "3.mp4", 16, seed=1)  # as 1.mp4
+    write_textures(folder / "videos" / "6.mp4", 24, seed=0)  # its first clip as 0.mp4
+    write_textures(folder / "videos" / "still.mp4", 16, seed=9, moves=False)
+    (folder / "videos" / "text.mp4").write_text("no video")
+    names = [*(f"{i}.mp4" for i in range(8)), "still.mp4", "text.mp4"]
+    captions = {name: [f"of {name}"] for name in names}
+    return write_captions(folder / "captions.json", captions)
+
+
+def write_textures(path, n_frames, seed, moves=True):
+    rng = np.random.default_rng(seed)
+    start = rng.integers(40, 216, (6, 7, 3))
+    change = rng.integers(-8, 9, (6, 7, 3)) * moves
+    frames = np.stack([start + (t % 8) * change for t in range(n_frames)]).clip(0, 255)
+    write_frames(path, frames.astype(np.uint8).repeat(8, 1).repeat(8, 2), fps=8)
+
+
+@pytest.fixture(scope="module")
+def curated(world, tmp_path_factory):
+    """(captions, videos, dataset)"""
+    folder = tmp_path_factory.mktemp("curated")
+    path = curated_videos(folder)
+    options = CURATED | {"max_frames": None, "videos_per_part": 1}
+    run_on(world, folder / "dataset", captions=path, videos=folder / "videos", **options)
+    return path, folder / "videos", folder / "dataset"
+
+
+def test_what_is_filtered_is_named_and_counted(curated):
+    found = dataset.open_dataset(curated[2])
+    kept = [(found.column(i, "video_file"), found.column(i, "start")) for i in range(len(found))]
+    # Clips of one video, though they are the same here, are not compared.
+    n_clips = {"0.mp4": 1, "1.mp4": 2, "2.mp4": 3, "4.mp4": 2, "5.mp4": 3, "7.mp4": 2}
+    assert kept == [(name, float(k)) for name, n in n_clips.items() for k in range(n)]
+    metadata = found.metadata
+    assert metadata["counts"] == {"kept": 6, "filtered": 3, "failed": 1}
+    assert metadata["clip_counts"] == {"kept": 13, "filtered": 7}
+    alike = [(v["file"], v["start"], v["like"]) for v in metadata["filtered"] if "like" in v]
+    assert alike == [
+        *(("3.mp4", 0.0, "1.mp4"), ("3.mp4", 1.0, "1.mp4")),
+        *(("6.mp4", 0.0, "0.mp4"), ("6.mp4", 1.0, "0.mp4"), ("6.mp4", 2.0, "0.mp4")),
+    ]
+    still = [v for v in metadata["filtered"] if v["file"] == "still.mp4"]
+    assert all(v["reason"].startswith("still: moves by 0.0") for v in still)
+    assert metadata["figures"].keys() == {"motion", "side"}
+    assert sum(metadata["figures"]["motion"]["kept"]) == 13
+    assert metadata["figures"]["motion"]["filtered"][0] == 2
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_clips(world, curated, tmp_path):
+    path, videos, expected = curated
+    words = command(world, path, videos, tmp_path / "killed")
+    for name, value in CURATED.items():
+        words += [f"--{name}", str(value)]
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (tmp_path / "killed" / "part-00002.json").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    options = CURATED | {"captions": path, "videos": videos, "videos_per_part": 1}
+    run_on(world, tmp_path / "killed", max_frames=None, **options)
+    assert contents(tmp_path / "killed") == contents(expected)
+
+
+def test_the_page_shows_what_was_filtered(world, curated, tmp_path):
+    inspect_data.inspect(curated[2], tmp_path / "page.html", n_examples=2)
+    page = (tmp_path / "page.html").read_text()
+    text = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    for words in ("13 clips", "6 videos that they are of", "7 clips filtered", "1 videos failed"):
+        assert words in text
+    for words in ("5 filtered: near-duplicate: N of N bits differ", "0.mp4 at 0.000 s"):
+        assert words in text
+    assert "have the name of another" not in text
+    assert page.count("<svg") == 7  # five, and those of motion and size
+
+
+@pytest.mark.slow
+def test_ray_keeps_and_leaves_out_the_same_also_after_a_kill(world, curated, tmp_path):
+    path, videos, expected = curated
+    words = command(world, path, videos, tmp_path / "ray")
+    for name, value in CURATED.items():
+        words += [f"--{name}", str(value)]
+    process = start(words)
+    wait_for(tmp_path / "ray" / "part-00002.json", process)
+    process.kill()
+    process.communicate()
+    # As of a run whose later parts were the faster ones.
+    (tmp_path / "ray" / "part-00001.json").unlink()
+    finish(start(words))
+    expect_same(tmp_path / "ray", expected)
 
 
 @pytest.mark.parametrize(
