@@ -346,7 +346,7 @@ def decode_clips(
     decoding: Decoding,
     folder: epath.PathLike,
     entries: Iterable[dict[str, Any]],
-    n_ahead: int = 16,
+    n_ahead: int = 8,
 ) -> Iterator[tuple[int, Window | Outcome]]:
     """Yields, with the entry's number, what `decoding` gives of each, by threads.
 

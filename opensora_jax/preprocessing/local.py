@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -69,50 +70,83 @@ def _encoded(
 ) -> Iterator[tuple[Outcome, list[np.ndarray | None]]]:
     """Yields of each entry, in order, what became of its clips, and the codes of those kept.
 
-    Only windows that wait for a full batch are held, whatever the length of their video.
+    Only the windows of two batches are held, whatever the length of their videos.
     """
-    tile = job.settings.get("tile")
-    encoder = WindowEncoder(job.model, job.settings["window"], job.batch_size, tile)
-    batch: list[tuple[int, Window]] = []
     codes: dict[int, dict[int, list[np.ndarray]]] = {}  # of entries, of their clips, of windows
     outcomes: dict[int, Outcome] = {}
     turn = 0
-
-    def encode_batch() -> None:
-        for _, window in batch:
-            encoder.add(window.frames_THWC)
-        for (i, window), codes_thw in zip(batch, encoder.finish(), strict=True):
-            if i >= turn:  # else of one that failed
-                codes.setdefault(i, {}).setdefault(window.clip, []).append(codes_thw)
-        batch.clear()
-
-    def ended() -> Iterator[tuple[Outcome, list[np.ndarray | None]]]:
-        """Those that are complete and whose turn it is."""
-        nonlocal turn
-        while turn in outcomes:
-            found = codes.get(turn, {})
-            kept = {k: clip for k, clip in enumerate(outcomes[turn]) if isinstance(clip, Clip)}
-            if any(len(found.get(k, ())) < clip.n_windows for k, clip in kept.items()):
-                return
-            codes.pop(turn, None)
-            outcome = outcomes.pop(turn)
+    for i, piece in _pieces(job, entries):
+        if isinstance(piece, list):
+            outcomes[i] = piece
+        elif i >= turn:  # else of one that is over, as it failed
+            clip, codes_thw = piece
+            codes.setdefault(i, {}).setdefault(clip, []).append(codes_thw)
+        while turn in outcomes and _is_complete(outcomes[turn], codes.get(turn, {})):
+            outcome, found = outcomes.pop(turn), codes.pop(turn, {})
             turn += 1
             yield (
                 outcome,
-                [np.concatenate(found[k]) if k in kept else None for k in range(len(outcome))],
+                [
+                    np.concatenate(found[k]) if isinstance(clip, Clip) else None
+                    for k, clip in enumerate(outcome)
+                ],
             )
 
-    for i, piece in decode_clips(job.decoding, job.videos, entries, encoder.batch_size):
-        if isinstance(piece, Window):
-            batch.append((i, piece))
-            if len(batch) < encoder.batch_size:
-                continue
-            encode_batch()
-        else:
-            outcomes[i] = piece
-        yield from ended()
-    encode_batch()
-    yield from ended()
+
+def _pieces(
+    job: jobs.Job, entries: list[dict[str, Any]]
+) -> Iterator[tuple[int, Outcome | tuple[int, np.ndarray]]]:
+    """Yields, with its entry's number, what became of its clips, and (clip, codes) of a window."""
+    with ThreadPoolExecutor(1) as pool:
+        batches = _Batches(job, pool)
+        for i, piece in decode_clips(job.decoding, job.videos, entries):
+            if isinstance(piece, Window):
+                yield from batches.add(i, piece)
+            else:
+                yield i, piece
+        yield from batches.finish()
+
+
+def _is_complete(outcome: Outcome, codes: dict[int, list[np.ndarray]]) -> bool:
+    return all(
+        len(codes.get(k, ())) == clip.n_windows
+        for k, clip in enumerate(outcome)
+        if isinstance(clip, Clip)
+    )
+
+
+class _Batches:
+    """Encodes windows, a batch of them while the next one is gathered."""
+
+    def __init__(self, job: jobs.Job, pool: ThreadPoolExecutor):
+        tile = job.settings.get("tile")
+        self._encoder = WindowEncoder(job.model, job.settings["window"], job.batch_size, tile)
+        self._pool = pool
+        self._waiting: list[tuple[int, Window]] = []
+        self._under_way: tuple[list[tuple[int, Window]], Future] = [], pool.submit(list)
+
+    def add(self, i: int, window: Window) -> list[tuple[int, tuple[int, np.ndarray]]]:
+        """Takes a window of entry i; returns (entry, (clip, codes)) of those known by now."""
+        self._waiting.append((i, window))
+        return self._turn() if len(self._waiting) == self._encoder.batch_size else []
+
+    def finish(self) -> list[tuple[int, tuple[int, np.ndarray]]]:
+        """Returns the others."""
+        return self._turn() + self._turn()
+
+    def _turn(self):
+        windows, codes = self._under_way
+        self._under_way = self._waiting, self._pool.submit(self._encode, self._waiting)
+        self._waiting = []
+        return [
+            (i, (window.clip, codes_thw))
+            for (i, window), codes_thw in zip(windows, codes.result(), strict=True)
+        ]
+
+    def _encode(self, windows: list[tuple[int, Window]]) -> list[np.ndarray]:
+        for _, window in windows:
+            self._encoder.add(window.frames_THWC)
+        return self._encoder.finish()
 
 
 def look(job: jobs.Job) -> dict[str, Any]:
