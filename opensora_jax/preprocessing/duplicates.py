@@ -22,7 +22,7 @@ class Duplicates:
 
     def __init__(self, most_bits: int):
         self._most_bits = most_bits
-        self._hashes = np.zeros((_BLOCK, HASH_BITS // 64), np.uint64)
+        self._hashes = np.zeros((HASH_BITS // 64, _BLOCK), np.uint64)  # and more, if need be
         self._files: list[str] = []
 
     def recall(self, record: dict[str, Any]) -> None:
@@ -41,21 +41,23 @@ class Duplicates:
         return decided
 
     def _decide(self, file: str, clip: Clip) -> Clip | Filtered:
-        bits = _bits(clip.hash)
-        for start in range(0, len(self._files), _BLOCK):
-            known = self._hashes[start : min(start + _BLOCK, len(self._files))]
-            distances = np.bitwise_count(known ^ bits).sum(axis=1)
+        bits, n = _bits(clip.hash), len(self._files)
+        for start in range(0, n, _BLOCK):
+            known = self._hashes[:, start : min(start + _BLOCK, n)]
+            # Few have a first word so near.
+            near = np.flatnonzero(np.bitwise_count(known[0] ^ bits[0]) <= self._most_bits)
+            distances = np.bitwise_count(known[:, near] ^ bits[:, None]).sum(axis=0)
             for i in np.flatnonzero(distances <= self._most_bits)[:1]:
                 reason = f"near-duplicate: {distances[i]} of {HASH_BITS} bits differ"
-                like = self._files[start + i]
+                like = self._files[start + near[i]]
                 return Filtered(file, reason, clip.start, clip.figures, like)
         return clip
 
     def _add(self, file: str, bits: np.ndarray) -> None:
         n = len(self._files)
-        if n == len(self._hashes):
-            self._hashes = np.concatenate([self._hashes, np.zeros_like(self._hashes)])
-        self._hashes[n] = bits
+        if n == self._hashes.shape[1]:
+            self._hashes = np.concatenate([self._hashes, np.zeros_like(self._hashes)], axis=1)
+        self._hashes[:, n] = bits
         self._files.append(file)
 
 

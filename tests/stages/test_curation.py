@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -165,6 +166,38 @@ def test_what_is_filtered_is_named_and_counted(curated):
     assert metadata["figures"].keys() == {"motion", "side"}
     assert sum(metadata["figures"]["motion"]["kept"]) == 13
     assert metadata["figures"]["motion"]["filtered"][0] == 2
+
+
+def test_a_dry_run_leaves_out_the_same(world, curated, tmp_path):
+    path, videos, folder = curated
+    options = CURATED | {"captions": path, "videos": videos, "max_frames": None}
+    run_on(world, tmp_path, dry_run=True, **options)
+    found = json.loads((tmp_path / "dry_run.json").read_text())
+    metadata = dataset.read_metadata(folder)
+    for name in ("counts", "clip_counts", "filtered", "failed"):
+        assert found[name] == metadata[name]
+    for name, figure in metadata["figures"].items():
+        assert found["figures"][name] == figure
+    assert found["reasons"]["filtered"]["near-duplicate: N of N bits differ"] == 5
+
+
+def test_shots_are_clips_and_bars_are_gone(world, tmp_path):
+    (tmp_path / "videos").mkdir()
+    for seed in range(2):
+        write_textures(tmp_path / "videos" / f"{seed}.mp4", 12, seed)
+    shots = [video_io.read_video(tmp_path / "videos" / f"{seed}.mp4") for seed in range(2)]
+    both = np.pad(np.concatenate(shots), ((0, 0), (0, 0), (20, 20), (0, 0)))
+    write_frames(tmp_path / "videos" / "both.mp4", both, fps=8)
+    path = write_captions(tmp_path / "captions.json", {"both.mp4": ["two shots"]})
+    options = {"captions": path, "videos": tmp_path / "videos", "resolution": (8, 16)}
+    run_on(world, tmp_path / "dataset", split_scenes=True, crop_bars=True, **options)
+    found = dataset.open_dataset(tmp_path / "dataset")
+    assert [found.column(i, "start") for i in range(len(found))] == [0.0, 1.5]
+    assert found.latent_frames.tolist() == [3, 3]
+    assert found.metadata["clip_counts"] == {"kept": 2, "filtered": 0}
+    words = shlex.split(found.metadata["command"])
+    assert {"--split_scenes", "--crop_bars"} <= set(words)
+    assert "True" not in words
 
 
 @pytest.mark.slow
