@@ -1,4 +1,4 @@
-"""Packaging of opensora_jax: `pip install -e .` (extras: tpu, cuda, ray, tfds, test)."""
+"""Packaging of opensora_jax: `pip install -e .` (extras: tpu, cuda, ray, tfds, scenes, test)."""
 
 from setuptools import find_packages, setup
 
@@ -43,10 +43,12 @@ setup(
         "cuda": ["jax[cuda13]"],
         "ray": ["ray[data]"],  # preprocessing on many machines
         "tfds": ["tensorflow-datasets", "array_record"],  # without TensorFlow
+        "scenes": ["scenedetect-headless>=0.7"],  # preprocessing that cuts at scene changes
         "test": [
             "ray[data]",
             "tensorflow-datasets",
             "array_record",
+            "scenedetect-headless>=0.7",
             "moto[server]",
             "s3fs",
             "pytest",

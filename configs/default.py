@@ -127,6 +127,9 @@ def get_config() -> ConfigDict:
     c.preprocess.fps = 8.0
     c.preprocess.max_frames = 0  # longer videos (then) are left out, and counted; 0: none
     c.preprocess.n_frames = 0  # keep only this many frames of a video; 0: all
+    # Cut videos into clips of this many frames, each with rows of its own; 0: a video is one clip.
+    c.preprocess.clip_frames = 0
+    c.preprocess.clip_stride = 0  # frames from one clip's begin to the next one's; 0: clip_frames
     c.preprocess.window = 0  # frames encoded together; 0: the length the VQ-VAE was trained on
     # Pixels of the overlapping tiles that frames too large for a device are encoded, and samples
     # decoded in; 0: whole.
@@ -136,10 +139,17 @@ def get_config() -> ConfigDict:
     # Each row with all its columns, for others to read part by part: codes and features are stored
     # as often as there are captions.
     c.preprocess.flat = False
-    # What a video has to show at least, else it is filtered; 0: anything.
-    c.preprocess.min_side = 0  # pixels of the file's shorter side
+    # Cut videos where another shot begins, so that no clip spans two (the extra `scenes`).
+    c.preprocess.split_scenes = False
+    c.preprocess.crop_bars = False  # cut black bars off before videos are resized
+    # What a clip has to show at least, else it is filtered; 0: anything.
+    c.preprocess.min_side = 0  # pixels of the file's shorter side, without bars that are cut off
     c.preprocess.min_motion = 0.0  # by which pixels differ from frame to frame, of 255
     c.preprocess.min_brightness = 0.0  # of pixels in the brightest frame, of 255
+    c.preprocess.max_frozen = 0.0  # share of frames in a run of equal ones, at most; 0: any
+    # Of 256 bits of what a clip looks like, in how many it may differ from one of another video
+    # before it, and be filtered for that; 0: duplicates stay.
+    c.preprocess.near_duplicates = 0
     c.preprocess.strict = False  # one video that cannot be used ends it, instead of being left out
 
     # The DiT and its training.

@@ -76,6 +76,19 @@ def main() -> None:
         help="cut every video to this many frames and leave out shorter ones; 0: keep all",
     )
     add(
+        "--clip_frames",
+        type=int,
+        default=0,
+        help="cut videos into clips of this many frames, each with rows of its own, and leave out "
+        "shorter ones; 0: a video is one clip",
+    )
+    add(
+        "--clip_stride",
+        type=int,
+        default=0,
+        help="frames from the begin of a clip to that of the next; 0: those of a clip",
+    )
+    add(
         "--window",
         type=int,
         default=0,
@@ -101,6 +114,17 @@ def main() -> None:
         help="each row with all its columns, as datasets.load_from_disk reads a part: codes and "
         "features are stored as often as there are captions",
     )
+    add(
+        "--split_scenes",
+        action="store_true",
+        help="cut videos where another shot begins, so that no clip spans two (needs the extra "
+        "scenes)",
+    )
+    add(
+        "--crop_bars",
+        action="store_true",
+        help="cut black bars off videos before they are resized",
+    )
     add("--min_side", type=int, default=0, help="leave out videos with a shorter side, in pixels")
     add(
         "--min_motion",
@@ -114,6 +138,20 @@ def main() -> None:
         type=float,
         default=0,
         help="leave out videos whose brightest frame is darker, of 255",
+    )
+    add(
+        "--max_frozen",
+        type=float,
+        default=0,
+        help="leave out videos of which a larger share is one run of equal frames; 0: none",
+    )
+    add(
+        "--near_duplicates",
+        type=int,
+        default=0,
+        metavar="BITS",
+        help="leave out clips that differ in no more of 256 bits of what they look like from one "
+        "of another video before them; 0: none, 10 finds the same in another size or encoding",
     )
     add(
         "--dry_run",

@@ -90,7 +90,10 @@ def _example(
         path = Path(made) / "video.mp4"
         video_io.write_video(path, video_THWC, metadata["fps"])
         data = base64.b64encode(path.read_bytes()).decode()
-    return dataset_page.Example(data, named["caption"], named["video_file"])
+    file = named["video_file"]
+    if dataset.has_column("start"):
+        file = f"{file} at {dataset.column(row, 'start'):.3f} s"
+    return dataset_page.Example(data, named["caption"], file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

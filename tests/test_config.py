@@ -245,6 +245,13 @@ def test_heads_divide_over_context_and_tensor():
         ({"vqvae.n_frames": 8, "vqvae.fps": 4.0}, "expected at most 4, the frames of shapes.n_fr"),
         ({"vqvae.resolution": 64}, "expected at most shapes.resolution=32"),
         ({"preprocess.n_frames": 10}, "expected at most 8, the frames of shapes.n_frames"),
+        ({"preprocess.clip_frames": 10}, "expected at most 8, the frames of shapes.n_frames"),
+        ({"preprocess.clip_frames": 5}, "expected a multiple of 2: vqvae.downsample=(2, 2, 2)"),
+        (
+            {"preprocess.n_frames": 4, "preprocess.clip_frames": 4},
+            "expected 0 with preprocess.clip",
+        ),
+        ({"preprocess.clip_stride": 4}, "expected 0 without preprocess.clip_frames"),
         ({"preprocess.max_frames": 7}, "expected 0, or at least 8, the frames of shapes.n"),
         # Of what would be made for nothing.
         ({"data.vqvae": "runs/vqvae"}, "expected empty, since the stage vqvae trains one"),

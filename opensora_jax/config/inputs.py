@@ -120,9 +120,11 @@ def _check_vqvae(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
 
 
 def _check_preprocess(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
-    from opensora_jax.data import captions
+    from opensora_jax.data import captions, shots
     from opensora_jax.inference import text_encoder, tokenizer
 
+    if c.preprocess.split_scenes:
+        shots.expect_installed()
     columns = (c.data.file_column, c.data.caption_column)
     strict = c.preprocess.strict
     entries = read(

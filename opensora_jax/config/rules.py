@@ -143,14 +143,17 @@ def _check_stages(c: ConfigDict) -> None:
             raise_invalid(c, "vqvae.resolution", f"at most shapes.resolution={c.shapes.resolution}")
     if _uses_shapes(c, "preprocess"):
         most = _frames_of_shapes(c, c.preprocess.fps)
-        if c.preprocess.n_frames > most:
-            raise_invalid(
-                c, "preprocess.n_frames", f"at most {most}, the frames of shapes.n_frames"
-            )
-        if c.shapes.world == "scenes" and 0 < c.preprocess.n_frames < most:
-            whole = f"0 or {most}: captions of scenes tell of whole videos"
-            raise_invalid(c, "preprocess.n_frames", whole)
-        if 0 < c.preprocess.max_frames < most and not c.preprocess.n_frames:
+        for name in ("n_frames", "clip_frames"):
+            if c.preprocess[name] > most:
+                raise_invalid(
+                    c, f"preprocess.{name}", f"at most {most}, the frames of shapes.n_frames"
+                )
+        for name in ("n_frames", "clip_frames"):
+            if c.shapes.world == "scenes" and 0 < c.preprocess[name] < most:
+                whole = f"0 or {most}: captions of scenes tell of whole videos"
+                raise_invalid(c, f"preprocess.{name}", whole)
+        is_cut = c.preprocess.n_frames or c.preprocess.clip_frames
+        if 0 < c.preprocess.max_frames < most and not is_cut:
             raise_invalid(
                 c, "preprocess.max_frames", f"0, or at least {most}, the frames of shapes.n_frames"
             )
@@ -201,13 +204,18 @@ def check_codes(
     ):
         multiple = " and ".join(map(str, dict.fromkeys(spatial)))
         raise_invalid(c, "preprocess.tile", f"0, or two or more times {multiple}: {source}")
-    n_frames = c.preprocess.n_frames
+    if c.preprocess.clip_frames and c.preprocess.n_frames:
+        raise_invalid(c, "preprocess.n_frames", "0 with preprocess.clip_frames")
+    if c.preprocess.clip_stride and not c.preprocess.clip_frames:
+        raise_invalid(c, "preprocess.clip_stride", "0 without preprocess.clip_frames")
+    name = "clip_frames" if c.preprocess.clip_frames else "n_frames"
+    n_frames = c.preprocess[name]
     try:
         windows = Windows(t, causal, c.preprocess.window or window)
     except WindowError as error:
         raise_invalid(c, "preprocess.window", f"{error.expected}: {source}")
     if n_frames and windows.fit(n_frames) != n_frames:
-        raise_invalid(c, "preprocess.n_frames", f"{windows.near(n_frames)}: {source}")
+        raise_invalid(c, f"preprocess.{name}", f"{windows.near(n_frames)}: {source}")
     if not n_frames and _uses_shapes(c, "preprocess"):
         n_frames = _frames_of_shapes(c, c.preprocess.fps)
     if "dit" in c.stages and n_frames and np.max(c.dit.n_latent_frames) > windows.latents(n_frames):

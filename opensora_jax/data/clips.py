@@ -1,45 +1,94 @@
-"""Decodes videos as they go into a dataset, by threads, a few ahead of whoever takes them."""
+"""Decodes videos as they go into a dataset, by threads, a few ahead of whoever takes them.
 
-import functools
+A video is never held whole: its frames come in windows, as they are encoded, and in the end what
+becomes of the clips that they belong to.
+"""
+
 import itertools
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.data import archives, video_io
+from opensora_jax.data import archives, shots, video_io
 from opensora_jax.data.captions import PROBLEM
+from opensora_jax.data.looks import FIGURES, Look, content
+from opensora_jax.data.video_window import Timeline
 from opensora_jax.windows import Windows
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A decoded video."""
+class Window:
+    """Frames of a clip that are encoded together.
 
-    frames_THWC: np.ndarray  # uint8
+    Attributes:
+      clip: the clip's number in its video.
+      frames_THWC: uint8, of a T that fits (`Windows.fit`).
+    """
+
+    clip: int
+    frames_THWC: np.ndarray
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip that goes into the dataset.
+
+    Attributes:
+      fps: frames per second.
+      n_frames, n_windows: that were given of it.
+      start: seconds from the video's begin to its own; None of a whole video.
+      figures: what it shows, of `looks.FIGURES` those that were asked for.
+      hash: what it looks like, as `Look.hash` says, if it was asked for.
+    """
+
     fps: float
+    n_frames: int
+    n_windows: int
+    start: float | None = None
+    figures: dict[str, float] = field(default_factory=dict, compare=False)
+    hash: str | None = None
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A video that does not go into the dataset: `Filtered` or `Failed`."""
+    """A video, or a clip of it, that does not go into the dataset: `Filtered` or `Failed`.
+
+    Attributes:
+      like: the file of the clip that it is a near-duplicate of.
+    """
 
     file: str
     reason: str
+    start: float | None = None
+    figures: dict[str, float] = field(default_factory=dict, compare=False)
+    like: str | None = None
 
 
 class Filtered(LeftOut):
-    """Too long or too short."""
+    """Too long or too short, or does not show enough."""
 
 
 class Failed(LeftOut):
-    """Cannot be read."""
+    """Cannot be read: the whole video."""
+
+
+# What became of the clips of a video, in order; one `Failed` alone where it cannot be read.
+Outcome = list[Clip | LeftOut]
+
+
+# Videos that are begun while one before them is not over: of these codes are held.
+_MOST_AHEAD = 1000
+# Frames by which bars are found.
+_LOOKED_AT = 8
+# Of a clip: timestamps can ask for any number of repetitions of a frame.
+_MOST_FRAMES = 2**20
 
 
 @dataclass(frozen=True)
@@ -50,14 +99,23 @@ class Decoding:
       resolution: (height, width) in pixels that videos are resized and cropped to.
       fps: frames per second that videos are resampled to; None keeps each video's own rate.
       max_frames: a video with more frames than this (after resampling) is filtered, unless it is
-        cut to `n_frames` anyway. None: none is.
+        cut to `n_frames` or `clip_frames` anyway. None: none is but beyond _MOST_FRAMES.
       n_frames: cut every video to this many frames, and filter shorter ones. None keeps all frames
         but for a rest that does not fit.
       windows: which lengths fit.
-      min_side: pixels of the file's shorter side; smaller ones are filtered.
+      clip_frames: cut every video into clips of this many frames, and filter shorter ones; a rest
+        that makes no clip is dropped. 0: a video is one clip.
+      clip_stride: frames from the begin of a clip to that of the next; 0: clip_frames.
+      split_scenes: cut every video where another shot begins, so that no clip spans two.
+      crop_bars: cut black bars off before videos are resized, where they are throughout.
+      min_side: pixels of the file's shorter side, without these bars; smaller ones are filtered.
       min_motion: by which pixels differ on average from one frame to the next, of 255; what moves
         less is filtered. Of one frame there is none to tell.
       min_brightness: of pixels on average in the brightest frame, of 255; darker ones are filtered.
+      max_frozen: share of frames in the longest run of equal ones; what stands still for longer is
+        filtered. 0: nothing is.
+      near_duplicates: whether clips get a hash, by which they can be told; 0: they do not.
+      measure: whether all figures are measured, also those that nothing is filtered by.
     """
 
     resolution: tuple[int, int]
@@ -65,67 +123,209 @@ class Decoding:
     max_frames: int | None
     n_frames: int | None
     windows: Windows
+    clip_frames: int = 0
+    clip_stride: int = 0
+    split_scenes: bool = False
+    crop_bars: bool = False
     min_side: int = 0
     min_motion: float = 0.0
     min_brightness: float = 0.0
+    max_frozen: float = 0.0
+    near_duplicates: int = 0
+    measure: bool = False
 
-    def __call__(self, folder: epath.PathLike, entry: dict[str, Any]) -> Clip | LeftOut:
+    def __call__(self, folder: epath.PathLike, entry: dict[str, Any]) -> Iterator[Window | Outcome]:
         """What becomes of an entry of `read_captions`.
+
+        Yields windows, those of each clip in order, and last the outcome: of each clip, by its
+        number, whether it goes into the dataset. Of what does not, windows have come in vain.
 
         Args:
           folder: where its file is, of this machine or in an object store.
         """
         name = entry["file"]
         if PROBLEM in entry:
-            return Failed(name, entry[PROBLEM])
+            yield [Failed(name, entry[PROBLEM])]
+            return
         try:
             name.encode()
             _expect_inside(epath.Path(folder), name)
             with archives.member(folder, name) as path:
-                info = video_io.probe(path)  # to its end, which is to be there even if it is cut
-                frames_THWC = video_io.read_video(
-                    path,
-                    resolution=self.resolution,
-                    fps=self.fps,
-                    n_frames=self.n_frames,
-                    max_frames=None if self.n_frames else self.max_frames,
-                )
+                outcome = yield from self._clips(path, name)
         except UnicodeEncodeError:  # the dataset's columns are UTF-8
-            return Failed(name, "its name is not Unicode text")
-        except video_io.TooLong as error:
-            return Filtered(name, error.reason)
+            outcome = [Failed(name, "its name is not Unicode text")]
         except video_io.VideoError as error:
-            return Failed(name, error.reason)
+            outcome = [Failed(name, error.reason)]
         except FileNotFoundError:  # of an object store
-            return Failed(name, "no such file")
+            outcome = [Failed(name, "no such file")]
         except archives.ArchiveError as error:
-            return Failed(name, str(error))
-        needed = self.n_frames or self.windows.least
-        if len(frames_THWC) < needed:
-            return Filtered(name, f"{len(frames_THWC)} frames, expected at least {needed}")
-        frames_THWC = frames_THWC[: self.windows.fit(len(frames_THWC))]
-        reason = self._why_filtered(frames_THWC, info)
-        return Filtered(name, reason) if reason else Clip(frames_THWC, self.fps or info.fps)
+            outcome = [Failed(name, str(error))]
+        yield outcome
 
-    def _why_filtered(self, frames_THWC: np.ndarray, info: video_io.VideoInfo) -> str | None:
-        if min(info.height, info.width) < self.min_side:
-            size = f"{info.width} x {info.height} pixels"
-            return f"{size}, expected a side of at least {self.min_side}"
-        if self.min_brightness:
-            brightest = max(frame.mean() for frame in frames_THWC)
-            if brightest < self.min_brightness:
-                return f"dark: {brightest:.2f} of 255, expected at least {self.min_brightness:g}"
-        if self.min_motion and len(frames_THWC) > 1:
-            moved = motion(frames_THWC)
-            if moved < self.min_motion:
-                return f"still: moves by {moved:.2f} of 255, expected at least {self.min_motion:g}"
+    def _clips(self, path: Path, name: str) -> Iterator[Window]:
+        """Yields windows; returns the outcome."""
+        info = video_io.probe(path)  # to its end, which is to be there even if it is cut
+        box, size = None, (info.height, info.width)
+        if self.crop_bars:
+            box = _content(path, size)
+            top, bottom, left, right = box or (0, 1, 0, 1)
+            size = round(size[0] * (bottom - top)), round(size[1] * (right - left))
+        if min(size) < self.min_side:
+            found = f"{size[1]} x {size[0]} pixels"
+            reason = f"{found}, expected a side of at least {self.min_side}"
+            return [Filtered(name, reason, figures=self._side(size))]
+        fps = self.fps or info.fps
+        if self.clip_frames or self.split_scenes:
+            timeline = Timeline.read(path, self.fps)
+            shots = [range(len(timeline))]
+            if self.split_scenes:
+                shots = _shots(timeline, (info.height, info.width))
+            spans = [span for shot in shots for span in self._spans(shot)]
+            is_wanted = np.zeros(len(timeline), bool)
+            clips = []
+            for span in spans:
+                clip = _Growing(self, name, len(clips), fps, timeline.seconds(span.start, fps))
+                is_wanted[span.start : span.stop] = clip.may_have(len(span))
+                clips.append(clip)
+            numbers = np.flatnonzero(is_wanted).tolist()
+            images = timeline.images(numbers, self.resolution, box)
+            numbered = zip(numbers, images, strict=True)
+        else:
+            images = video_io.read_frames(path, resolution=self.resolution, fps=self.fps, box=box)
+            most = self.n_frames or self._limit + 1
+            spans, clips = [range(most)], [_Growing(self, name, 0, fps)]
+            numbered = enumerate(itertools.islice(images, most))
+        for clip in clips:
+            clip.figures |= self._side(size)
+        first = 0  # of the clips that are not over
+        for number, frame_HWC in numbered:
+            while spans[first].stop <= number:
+                yield from clips[first].end()
+                first += 1
+            k = first
+            while k < len(spans) and spans[k].start <= number:
+                yield from clips[k].add(frame_HWC)
+                k += 1
+        for clip in clips[first:]:
+            yield from clip.end()
+        return [clip.outcome for clip in clips]
+
+    def _spans(self, shot: range) -> list[range]:
+        """The frames of each clip of a shot; of one that is too short, all of them."""
+        n = self.clip_frames
+        if not n:
+            return [shot[: self.n_frames]]
+        return [shot[i : i + n] for i in range(0, max(len(shot) - n, 0) + 1, self.clip_stride or n)]
+
+    @property
+    def _least(self) -> int:
+        """Frames of the shortest clip."""
+        return self.clip_frames or self.n_frames or self.windows.least
+
+    @property
+    def _limit(self) -> int:
+        """Frames of the longest."""
+        is_cut = self.n_frames or self.clip_frames
+        return (None if is_cut else self.max_frames) or _MOST_FRAMES
+
+    @property
+    def _figures(self) -> frozenset[str]:
+        """Those that are to be measured."""
+        filters = {
+            "motion": self.min_motion,
+            "brightness": self.min_brightness,
+            "frozen": self.max_frozen,
+            "side": self.min_side,
+        }
+        return frozenset(name for name in FIGURES if self.measure or filters[name])
+
+    def _side(self, size: tuple[int, int]) -> dict[str, float]:
+        return {"side": min(size)} if "side" in self._figures else {}
+
+    def _why_filtered(self, figures: dict[str, float]) -> str | None:
+        if self.min_brightness and figures["brightness"] < self.min_brightness:
+            found = figures["brightness"]
+            return f"dark: {found:.2f} of 255, expected at least {self.min_brightness:g}"
+        if self.min_motion and figures["motion"] < self.min_motion:
+            found = figures["motion"]
+            return f"still: moves by {found:.2f} of 255, expected at least {self.min_motion:g}"
+        if self.max_frozen and figures["frozen"] > self.max_frozen:
+            found = figures["frozen"]
+            return f"frozen: for {found:.2f} of its length, expected at most {self.max_frozen:g}"
         return None
 
 
-def motion(frames_THWC: np.ndarray) -> float:
-    """By how much pixels differ on average from one frame to the next, of 255; 0 of one frame."""
-    pairs = itertools.pairwise(frames_THWC.astype(np.int16))
-    return float(np.mean([abs(b - a).mean() for a, b in pairs] or [0.0]))
+class _Growing:
+    """A clip whose frames come one by one: gives windows of them and, when it ends, `outcome`."""
+
+    def __init__(
+        self, decoding: Decoding, name: str, number: int, fps: float, start: float | None = None
+    ):
+        self._decoding, self._name, self._number = decoding, name, number
+        self._fps, self._start = fps, start
+        self._waiting: list[np.ndarray] = []
+        self._n_frames, self._n_windows = 0, 0
+        self._look = Look(decoding._figures, bool(decoding.near_duplicates))
+        self.figures: dict[str, float] = {}
+        self.outcome: Clip | LeftOut | None = None
+
+    def may_have(self, n_frames: int) -> bool:
+        """Whether a clip may have so many frames; it is left out where it may not."""
+        least, limit = self._decoding._least, self._decoding._limit
+        if n_frames < least:
+            self._leave_out(f"{n_frames} frames, expected at least {least}")
+        if n_frames > limit:
+            self._leave_out(f"more than {limit} frames")
+        return not self.outcome
+
+    def add(self, frame_HWC: np.ndarray) -> Iterator[Window]:
+        self._n_frames += 1
+        self._waiting.append(frame_HWC)
+        if len(self._waiting) == self._decoding.windows.frames:
+            yield self._window()
+
+    def end(self) -> Iterator[Window]:
+        if self.outcome or not self.may_have(self._n_frames):
+            return
+        n_frames = self._decoding.windows.fit(self._n_frames)
+        rest = n_frames % self._decoding.windows.frames
+        del self._waiting[rest:]
+        if rest:
+            yield self._window()
+        self.figures |= self._look.figures()
+        if reason := self._decoding._why_filtered(self.figures):
+            self._leave_out(reason)
+            return
+        counted = (self._fps, n_frames, self._n_windows, self._start)
+        self.outcome = Clip(*counted, self.figures, self._look.hash())
+
+    def _leave_out(self, reason: str) -> None:
+        if not self.outcome:
+            self.outcome = Filtered(self._name, reason, self._start, self.figures)
+
+    def _window(self) -> Window:
+        frames_THWC = np.stack(self._waiting)
+        self._waiting.clear()
+        self._look.add(frames_THWC)
+        self._n_windows += 1
+        return Window(self._number, frames_THWC)
+
+
+def _shots(timeline: Timeline, size: tuple[int, int]) -> list[range]:
+    """The frames of each shot of a video of this (height, width)."""
+    if timeline.pts is None:  # so that its frames cannot be told but by reading them
+        cuts = shots.cuts(timeline.path, size, timeline.fps)
+    else:
+        cuts = np.searchsorted(timeline.frames, shots.cuts(timeline.path, size)).tolist()
+    edges = sorted({0, *cuts, len(timeline)})
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _content(path: Path, size: tuple[int, int]) -> video_io.Box | None:
+    """Where the content of a video of this (height, width) is, by frames spread over it."""
+    timeline = Timeline.read(path)
+    numbers = np.linspace(0, len(timeline) - 1, _LOOKED_AT).round().astype(int)
+    return content(timeline.images(np.unique(numbers).tolist(), size), size)
 
 
 def _expect_inside(folder: epath.Path, name: str) -> None:
@@ -143,22 +343,37 @@ def _expect_inside(folder: epath.Path, name: str) -> None:
 
 
 def decode_clips(
-    decoding: Decoding, folder: epath.PathLike, entries: Iterable[dict[str, Any]]
-) -> Iterator[Clip | LeftOut]:
-    """Yields what becomes of each entry, in order."""
+    decoding: Decoding,
+    folder: epath.PathLike,
+    entries: Iterable[dict[str, Any]],
+    n_ahead: int = 8,
+) -> Iterator[tuple[int, Window | Outcome]]:
+    """Yields, with the entry's number, what `decoding` gives of each, by threads.
+
+    Those of one entry come in order, those of several mixed.
+
+    Args:
+      n_ahead: videos that are begun although all threads are busy: each holds a window or two.
+    """
     n_threads = min(16, os.cpu_count() or 1)
+    most = n_threads + n_ahead
+    todo = enumerate(entries)
+    under_way: dict[Future, tuple[int, Iterator[Window | Outcome]]] = {}
+    begun = 0
     with ThreadPoolExecutor(n_threads) as pool:
-        yield from map_ahead(pool, functools.partial(decoding, folder), entries, n_threads + 1)
-
-
-def map_ahead(
-    pool: ThreadPoolExecutor, function: Callable, items: Iterable, n_ahead: int
-) -> Iterator:
-    """As `pool.map`, which begins all at once, with at most `n_ahead` results that wait."""
-    under_way = deque()
-    for item in items:
-        under_way.append(pool.submit(function, item))
-        if len(under_way) > n_ahead:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
+        while True:
+            oldest = min((i for i, _ in under_way.values()), default=begun)
+            n = min(most - len(under_way), oldest + _MOST_AHEAD - begun)
+            for i, entry in itertools.islice(todo, n):
+                begun = i + 1
+                pieces = decoding(folder, entry)
+                under_way[pool.submit(next, pieces)] = i, pieces
+            if not under_way:
+                return
+            ended, _ = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in ended:
+                i, pieces = under_way.pop(future)
+                piece = future.result()
+                if isinstance(piece, Window):
+                    under_way[pool.submit(next, pieces)] = i, pieces
+                yield i, piece

@@ -2,8 +2,8 @@
 
 A folder with
   part-00000, part-00001, ...  what `data.parts` reads:
-      videos  a Hugging Face dataset, a row a video: video_file, fps and
-          video_latent_states  (T, H, W) integers: VQ codes
+      videos  a Hugging Face dataset, a row a video or clip: video_file, fps, of clips of videos
+          start (seconds), and video_latent_states  (T, H, W) integers: VQ codes
       texts   a Hugging Face dataset, a row a distinct caption: caption and
           text_latent_states   (S, D) float16: text features, valid tokens only; S differs
       rows    a Hugging Face dataset, a row an example: the numbers of its video, in the part, and

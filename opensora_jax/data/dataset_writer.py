@@ -43,9 +43,9 @@ def write_part(
     Args:
       number: of the part; parts are read in order of their numbers, from 0 on.
       rows: dicts of video_file, caption (str), fps (float), video_latent_states ((T, H, W) integers
-        in [0, n_codes)) and text_latent_states ((S, D) float). Rows of one video have the same
-        array of codes; the same caption has the same features. May be empty: then only the record
-        is written.
+        in [0, n_codes)) and text_latent_states ((S, D) float); of clips of videos all have start,
+        too, in seconds. Rows of one clip have the same array of codes; the same caption has the
+        same features. May be empty: then only the record is written.
       n_codes: size of the codebook; codes are stored in the smallest type that holds it.
       record: what else is to be remembered of this part, as JSON.
       texts: the numbers of the captions that earlier parts hold, to which this part's are added;
@@ -91,8 +91,8 @@ def write_videos(folder: epath.PathLike, start: str, videos: list[dict], n_codes
     Args:
       folder: of the dataset, of this machine or in an object store.
       start: what the part's name begins with.
-      videos: dicts of video_file, fps, video_latent_states as in `write_part`, and texts: of each
-        caption its number among all texts.
+      videos: dicts of video_file, fps, start, video_latent_states as in `write_part`, and texts: of
+        each caption its number among all texts.
 
     Returns:
       What `finish_dataset` is to know of the part.
@@ -178,10 +178,12 @@ def _flat(rows, n_codes) -> pa.Table:
 
 
 def _video_columns(rows, n_codes):
+    starts = [row["start"] for row in rows if "start" in row]
     return {
         "video_file": [_text(row["video_file"]) for row in rows],
         CODES: arrow.to_nested_list([row[CODES] for row in rows], code_dtype(n_codes)),
         "fps": pa.array([row["fps"] for row in rows], pa.float32()),
+        **({"start": pa.array(starts, pa.float64())} if starts else {}),
     }
 
 

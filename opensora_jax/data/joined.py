@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def load_joined(folder: str | os.PathLike) -> "datasets.Dataset":
-    """A row a caption: video_file, video_latent_states (T, H, W), fps, caption and
-    text_latent_states (S, D), as numpy arrays and Python values.
+    """A row a caption: video_file, video_latent_states (T, H, W), fps, caption,
+    text_latent_states (S, D) and of clips start, as numpy arrays and Python values.
 
     What a row needs of the tables of videos and of texts is looked up when it is asked for: codes
     are neither copied nor stored for each caption. `column_names` are those of the table of rows,

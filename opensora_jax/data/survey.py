@@ -15,6 +15,7 @@ from opensora_jax.data.parts import CODES
 # Codes of a video by which it is compared with others.
 _COMPARED = 128
 _CHUNK = 64  # videos compared with all others at a time
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 
 
@@ -90,6 +91,15 @@ def survey(
         n_alike=len(pairs),
         same_names=len(index.video_hashes) - len(np.unique(index.video_hashes)),
     )
+
+
+def by_reason(left_out: list[dict]) -> dict[str, list[dict]]:
+    """What metadata.json says of videos left out, by reasons, those that differ in numbers alone
+    together, the most frequent first."""
+    found = collections.defaultdict(list)
+    for video in left_out:
+        found[_NUMBER.sub("N", video["reason"])].append(video)
+    return dict(sorted(found.items(), key=lambda group: -len(group[1])))
 
 
 def _alike(codes_NK: np.ndarray, least: float) -> list[tuple[int, int, float]]:

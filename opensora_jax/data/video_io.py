@@ -6,6 +6,7 @@ options (crf) to the encoder, and takes a quarter of a second to close a file.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from opensora_jax.data import video_file
 from opensora_jax.data.video_file import VideoError
 
 Frame = TypeVar("Frame")
+
+# (top, bottom, left, right), shares of height and width as shown.
+Box = tuple[float, float, float, float]
 
 MIN_FPS, MAX_FPS = 0.01, 1000  # frames per second that are written, or resampled to
 # Of one read: timestamps can ask for any number of repetitions of a frame.
@@ -110,10 +114,44 @@ def read_video(
         file without an index (.mkv, .webm) only a read to the end finds that the end is missing,
         and in one that does not state its length (.ts) none does.
     """
+    _check_arguments(start, n_frames)
+    images, indices = [], []  # a frame that is shown several times is one image
+    frames = read_frames(path, resolution=resolution, fps=fps, start=start)
+    for k, image in enumerate(itertools.islice(frames, n_frames), start):
+        if max_frames is not None and k >= max_frames:
+            raise TooLong(path, f"more than {max_frames} frames")
+        if not images or image is not images[-1]:
+            images.append(image)
+        indices.append(len(images) - 1)
+        if len(indices) * image.nbytes > _MOST_BYTES:
+            raise TooLong(path, f"more than {_MOST_BYTES >> 30} GiB of frames")
+    if not images:
+        raise VideoError(path, "no frames" + (f" from frame {start} on" if start else ""))
+    video = np.stack(images)
+    return video if len(images) == len(indices) else video[indices]
+
+
+def read_frames(
+    path: str | os.PathLike,
+    *,
+    resolution: int | tuple[int, int] | None = None,
+    fps: float | None = None,
+    start: int = 0,
+    box: Box | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields frames as `read_video` gives them, uint8 (H, W, 3), one by one as they are decoded.
+
+    One that is shown several times is the same array each time.
+
+    Args:
+      box: what of each frame is there; None: all. With a resolution alone.
+
+    Raises:
+      ValueError, VideoError: as `read_video`, but for what has no frames.
+    """
     path = Path(path)
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
-    _check_arguments(size, fps, start, n_frames)
-    images, indices = [], []  # a frame that is shown several times is one image
+    _check_size(size, fps)
     reformatter = VideoReformatter()  # keeps swscale's tables from frame to frame
     with video_file.opened(path) as (container, stream):
         aspect = video_file.pixel_aspect(path, stream)
@@ -121,26 +159,14 @@ def read_video(
         if fps is not None:
             timed = ((frame, frame.time) for frame in frames)
             frames = resample(path, timed, video_file.usual_rate(stream), fps)
-        previous = None
-        for k, frame in enumerate(frames):
-            if n_frames is not None and k >= start + n_frames:
-                break
-            if max_frames is not None and k >= max_frames:
-                raise TooLong(path, f"more than {max_frames} frames")
-            if k < start:
-                continue
+        previous = image = None
+        for frame in itertools.islice(frames, start, None):
             if frame is not previous:
                 # Frames of another size (a stream may change its own) follow the first one's.
-                shape = size or (images[0].shape[:2] if images else None)
-                images.append(to_image(reformatter, frame, aspect, shape))
+                shape = size or (None if image is None else image.shape[:2])
+                image = to_image(reformatter, frame, aspect, shape, box)
                 previous = frame
-            indices.append(len(images) - 1)
-            if len(indices) * images[0].nbytes > _MOST_BYTES:
-                raise TooLong(path, f"more than {_MOST_BYTES >> 30} GiB of frames")
-    if not images:
-        raise VideoError(path, "no frames" + (f" from frame {start} on" if start else ""))
-    video = np.stack(images)
-    return video if len(images) == len(indices) else video[indices]
+            yield image
 
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, crf: int = 12) -> None:
@@ -226,11 +252,14 @@ def _write_gif(temporary, frames, fps, crf):
 _ENCODERS = {".mp4": _write_mp4, ".mkv": _write_mkv, ".gif": _write_gif}
 
 
-def _check_arguments(size, fps, start, n_frames):
+def _check_size(size, fps):
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"resolution={size}: expected (height, width), both at least 1")
     if fps is not None:
         check_fps(fps)
+
+
+def _check_arguments(start, n_frames):
     if start < 0 or (n_frames is not None and n_frames < 1):
         raise ValueError(f"start={start}, n_frames={n_frames}: expected at least 0 and at least 1")
 
@@ -279,11 +308,17 @@ def to_image(
     frame: av.VideoFrame,
     aspect: float,
     size: tuple[int, int] | None,
+    box: Box | None = None,
 ) -> np.ndarray:
-    """Converts to RGB, rotates as the file says, resizes to cover `size`, crops the centre."""
+    """Converts to RGB, rotates as the file says, resizes to cover `size`, crops the centre.
+
+    Args:
+      box: the part of the frame, as it is shown, that is to cover `size`; None: all of it.
+    """
     height, width = _shown_size(frame, aspect)
     out_height, out_width = size or (height, width)
-    scale = max(out_height / height, out_width / width)
+    top, bottom, left, right = box or (0, 1, 0, 1)
+    scale = max(out_height / (height * (bottom - top)), out_width / (width * (right - left)))
     covered = (max(out_height, round(height * scale)), max(out_width, round(width * scale)))
     to_height, to_width = covered[::-1] if frame.rotation % 180 else covered
     is_hd = frame.colorspace == _UNSPECIFIED_MATRIX and frame.height >= _HD_LINES
@@ -298,5 +333,11 @@ def to_image(
         threads=1,
     ).to_ndarray()
     image = np.rot90(image, round(frame.rotation / 90) % 4)
-    top, left = (covered[0] - out_height) // 2, (covered[1] - out_width) // 2
-    return image[top : top + out_height, left : left + out_width]
+    first_row = _first(covered[0], out_height, top + bottom)
+    first_column = _first(covered[1], out_width, left + right)
+    return image[first_row : first_row + out_height, first_column : first_column + out_width]
+
+
+def _first(n: int, n_out: int, ends: float) -> int:
+    """The first of `n_out` of `n` pixels around the centre of a box with these ends, added up."""
+    return min(max(int(n * ends - n_out) // 2, 0), n - n_out)

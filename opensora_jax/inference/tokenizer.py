@@ -145,6 +145,9 @@ class WindowEncoder:
       window: frames that are encoded together.
       tile: pixels of the tiles that larger videos are encoded in; None: whole.
       batch_size: windows at a time, rounded up to a multiple of the number of devices.
+
+    Attributes:
+      batch_size: the same, rounded up.
     """
 
     def __init__(self, model: Tokenizer, window: int, batch_size: int, tile: int | None = None):
@@ -152,7 +155,7 @@ class WindowEncoder:
         self._window = window
         self._windows = Windows(model.downsample[0], model.causal, window)
         self._space, self._tile = model.downsample[1:], tile
-        self._batch_size = -(-batch_size // len(devices)) * len(devices)
+        self.batch_size = -(-batch_size // len(devices)) * len(devices)
         self._chunks = Chunks(model, self._windows, Mesh(devices, ("data",)))
         self._codes: list[list[np.ndarray]] = []  # of each video, window by window
         self._waiting: list[tuple[int, np.ndarray]] = []  # windows, and whose video's they are
@@ -163,7 +166,7 @@ class WindowEncoder:
         for start in range(0, len(video_THWC), self._window):
             window_THWC = video_THWC[start : start + self._window]
             self._waiting.append((len(self._codes) - 1, window_THWC))
-            if len(self._waiting) == self._batch_size:
+            if len(self._waiting) == self.batch_size:
                 self._encode_batch()
 
     def finish(self) -> list[np.ndarray]:
@@ -176,7 +179,7 @@ class WindowEncoder:
     def _encode_batch(self):
         shape_HWC = self._waiting[0][1].shape[1:]
         longest = max(len(window_THWC) for _, window_THWC in self._waiting)
-        batch_BTHWC = np.zeros((self._batch_size, longest, *shape_HWC), np.uint8)
+        batch_BTHWC = np.zeros((self.batch_size, longest, *shape_HWC), np.uint8)
         for row, (_, window_THWC) in zip(batch_BTHWC, self._waiting, strict=False):
             row[: len(window_THWC)] = window_THWC
             row[len(window_THWC) :] = window_THWC[-1]

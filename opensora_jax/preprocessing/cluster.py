@@ -3,7 +3,8 @@
 Two passes. Videos: tasks on CPUs decode them into windows, actors that hold an accelerator encode
 these, and the codes, which are small, come to this process, that has tasks write them as parts.
 Captions: actors encode them, and write parts of texts. What number a caption has follows from the
-captions file alone, so that neither pass waits for the other, nor one part for another.
+captions file alone, so that neither pass waits for the other, nor one part for another but to learn
+whether its clips look like earlier ones.
 
 Ray restarts what was under way on a machine that is lost, and holds back who is too fast. Parts are
 named by their content, and noted by this process when they are whole: written twice, they are the
@@ -12,19 +13,16 @@ same, and an interrupted run goes on with what is not noted.
 
 import atexit
 import contextlib
-import json
 import logging
 import os
 import signal
 import socket
 import threading
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -32,25 +30,14 @@ from etils import epath
 from tqdm import tqdm
 
 from opensora_jax import files, process, runtime
-from opensora_jax.data import dataset_writer, part_counts, parts
-from opensora_jax.data.captions import PROBLEM
-from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, LeftOut
+from opensora_jax.data import dataset_writer, part_counts
 from opensora_jax.inference.text_encoder import TextEncoder
-from opensora_jax.inference.tokenizer import WindowEncoder, load_tokenizer
-from opensora_jax.preprocessing.job import (
-    PART_BYTES,
-    Job,
-    Made,
-    PreprocessError,
-    expect_none_failed,
-    record_of,
-)
+from opensora_jax.preprocessing.cluster_tasks import MOST_TASKS, on_accelerators
+from opensora_jax.preprocessing.cluster_videos import encode_videos
+from opensora_jax.preprocessing.job import Job, Made, PreprocessError
 
 _TEXTS_PER_PART = 1024
 _BLOCK_BYTES = 2**25  # of decoded windows, which go from one machine to another
-# Tasks that write, or count, at a time: each holds a part.
-_MOST_TASKS = 32
-_LEFT_OUT = {"filtered": Filtered, "failed": Failed}
 
 
 def run(job: Job, address: str | None, finish: Callable[[Made], None]) -> None:
@@ -167,7 +154,7 @@ def _make(job: Job) -> Made:
 
     with tqdm(total=len(job.entries), unit="video") as bar:
         bar.update(len(job.entries) - sum(map(len, missing(videos).values())))
-        _encode_videos(job, missing(videos), numbers, note, bar)
+        encode_videos(job, videos, numbers, dict(done), note, bar)
     if not any(done[name]["kept"] for name in videos):
         return Made([done[name] for name in videos], parts=[])
     with tqdm(total=len(numbers), unit="caption") as bar:
@@ -177,181 +164,6 @@ def _make(job: Job) -> Made:
     made = [part for record in records for part in record["parts"]]
     made += [done[name] for name in texts]
     return Made(records, made, _counts(job, made))
-
-
-# ------------------------------------------------------------------------------------------ videos
-
-
-def _encode_videos(
-    job: Job,
-    groups: dict[str, list[dict]],
-    numbers: dict[str, int],
-    note: Callable[[str, dict], None],
-    bar: tqdm,
-) -> None:
-    """Writes parts of these entries by name, and notes them."""
-    if not groups:
-        return
-    entries = [(name, entry) for name, group in groups.items() for entry in group]
-    n_cpus = int(ray.cluster_resources().get("CPU", 1))
-    a_task = max(1, min(job.settings["videos_per_part"], len(entries) // (4 * n_cpus)))
-    # Not as strings: a file name need not be text.
-    keys = ("file", PROBLEM)
-    named = [
-        json.dumps({key: entry[key] for key in keys if key in entry}).encode()
-        for _, entry in entries
-    ]
-    blocks = [
-        pa.table(
-            {
-                "entry": pa.array(range(start, min(start + a_task, len(named))), pa.int64()),
-                "named": pa.array(named[start : start + a_task], pa.binary()),
-            }
-        )
-        for start in range(0, len(named), a_task)
-    ]
-    found = (
-        ray.data.from_arrow(blocks)
-        .map_batches(
-            _decode,
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=1,
-            concurrency=n_cpus,  # without a number it would run inside of what follows
-            fn_args=(job.decoding, str(job.videos)),
-        )
-        .map_batches(
-            _WindowActor,
-            batch_size=job.batch_size,
-            batch_format="pyarrow",
-            fn_constructor_args=(
-                *(job.vqvae, job.settings["window"], job.batch_size),
-                job.settings.get("tile"),
-            ),
-            **_on_accelerators(),
-        )
-        .iter_batches(batch_size=None, batch_format="pyarrow")
-    )
-    n_codes = len(job.model.codebook)
-    write = ray.remote(num_cpus=0, max_retries=-1, scheduling_strategy="SPREAD")(_write_videos)
-    tasks = _Tasks(note)
-    windows: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
-    outcomes: dict[str, dict[int, dict | LeftOut]] = defaultdict(dict)
-    for batch in found:
-        for row in batch.to_pylist():
-            i = row["entry"]
-            name, entry = entries[i]
-            if row["kind"]:
-                clip = _LEFT_OUT[row["kind"]](entry["file"], row["reason"])
-                expect_none_failed(job, clip)
-                outcomes[name][i] = clip
-            elif i not in outcomes[name]:
-                windows[i][row["window"]] = np.frombuffer(row["codes"], np.int32)
-                if len(windows[i]) < row["n_windows"]:
-                    continue
-                codes = np.concatenate([w for _, w in sorted(windows.pop(i).items())])
-                outcomes[name][i] = {
-                    "video_file": entry["file"],
-                    "fps": row["fps"],
-                    parts.CODES: codes.reshape(-1, *job.grid),
-                    "texts": [numbers[caption] for caption in entry["captions"]],
-                }
-            else:
-                continue  # known: of a task that was run again
-            bar.update()
-            if len(outcomes[name]) == len(groups[name]):
-                ordered = [outcome for _, outcome in sorted(outcomes.pop(name).items())]
-                tasks.add(name, write.remote(str(job.output), name, ordered, n_codes))
-    tasks.finish()
-
-
-def _decode(table: pa.Table, decoding: Decoding, folder: str) -> Iterator[pa.Table]:
-    """Entries -> windows of their frames, as bytes, or why there are none."""
-    columns = (table.column(key).to_pylist() for key in ("entry", "named"))
-    for i, named in zip(*columns, strict=True):
-        clip = decoding(folder, json.loads(named))
-        if not isinstance(clip, Clip):
-            kind = next(kind for kind, of in _LEFT_OUT.items() if isinstance(clip, of))
-            yield _rows(entry=i, kind=kind, reason=clip.reason)
-            continue
-        size = decoding.windows.frames
-        n_windows = -(-len(clip.frames_THWC) // size)
-        for k in range(n_windows):
-            frames_THWC = clip.frames_THWC[k * size : (k + 1) * size]
-            yield _rows(
-                entry=i,
-                window=k,
-                n_windows=n_windows,
-                fps=clip.fps,
-                n=len(frames_THWC),
-                frames=frames_THWC.tobytes(),
-                height=frames_THWC.shape[1],
-            )
-
-
-_COLUMNS = {
-    "entry": pa.int64(),
-    "window": pa.int64(),
-    "n_windows": pa.int64(),
-    "fps": pa.float64(),
-    "n": pa.int64(),
-    "height": pa.int64(),
-    "frames": pa.large_binary(),
-    "codes": pa.binary(),
-    "kind": pa.string(),
-    "reason": pa.string(),
-}
-
-
-def _rows(**values: Any) -> pa.Table:
-    columns = {name: pa.array([values.get(name)], of) for name, of in _COLUMNS.items()}
-    return pa.table(columns)
-
-
-class _WindowActor:
-    """Holds a tokenizer: windows -> codes."""
-
-    def __init__(self, vqvae: str, window: int, batch_size: int, tile: int | None):
-        runtime.keep_compiled_programs()
-        self._encoder = WindowEncoder(load_tokenizer(vqvae), window, batch_size, tile)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.to_pylist()
-        with_frames = [row for row in rows if row["frames"] is not None]
-        for row in with_frames:
-            frames = np.frombuffer(row.pop("frames"), np.uint8)
-            self._encoder.add(frames.reshape(row["n"], row["height"], -1, 3))
-        for row, codes in zip(with_frames, self._encoder.finish(), strict=True):
-            row["codes"] = np.ascontiguousarray(codes, np.int32).tobytes()
-        return pa.table(
-            {
-                name: pa.array([row.get(name) for row in rows], of)
-                for name, of in _COLUMNS.items()
-                if name != "frames"
-            }
-        )
-
-
-def _write_videos(
-    output: str, name: str, outcomes: list[dict | LeftOut], n_codes: int
-) -> dict[str, Any]:
-    """Writes parts of a group; returns what is to be noted."""
-    videos = [outcome for outcome in outcomes if isinstance(outcome, dict)]
-    left_out = [outcome for outcome in outcomes if not isinstance(outcome, dict)]
-    itemsize = dataset_writer.code_dtype(n_codes).itemsize
-    written, some, size = [], [], 0
-    for video in videos:
-        some.append(video)
-        size += video[parts.CODES].size * itemsize
-        if size >= PART_BYTES:
-            written.append(dataset_writer.write_videos(output, name, some, n_codes))
-            some, size = [], 0
-    if some:
-        written.append(dataset_writer.write_videos(output, name, some, n_codes))
-    return {**record_of(len(videos), left_out), "parts": written}
-
-
-# ------------------------------------------------------------------------------------------- texts
 
 
 def _encode_texts(
@@ -368,7 +180,7 @@ def _encode_texts(
             batch_size=1,
             batch_format="pyarrow",
             fn_constructor_args=(job.text_model, str(job.output)),
-            **_on_accelerators(),
+            **on_accelerators(),
         )
         .iter_batches(batch_size=None, batch_format="pyarrow")
     )
@@ -392,24 +204,6 @@ class _TextActor:
         return pa.table({"name": [row["name"]], "part": [part]})
 
 
-# ----------------------------------------------------------------------------------------- cluster
-
-
-def _on_accelerators() -> dict[str, Any]:
-    """How many actors there are at most, and what each holds: a GPU, the TPU chips of a host, or,
-    where there are neither, a CPU, of which half are for decoding."""
-    resources = ray.cluster_resources()
-    if n_gpus := int(resources.get("GPU", 0)):
-        held, most = {"num_gpus": 1}, n_gpus
-    elif resources.get("TPU"):
-        hosts = [node["Resources"].get("TPU", 0) for node in ray.nodes() if node["Alive"]]
-        chips = [n for n in hosts if n]
-        held, most = {"resources": {"TPU": min(chips)}}, len(chips)
-    else:
-        held, most = {"num_cpus": 1}, max(1, int(resources.get("CPU", 1)) // 2)
-    return {**held, "compute": ray.data.ActorPoolStrategy(min_size=1, max_size=most)}
-
-
 def _counts(job: Job, made: list[dict[str, Any]]) -> Iterator[part_counts.Counts]:
     """What each part holds, in order."""
     n_codes = len(job.model.codebook)
@@ -418,7 +212,7 @@ def _counts(job: Job, made: list[dict[str, Any]]) -> Iterator[part_counts.Counts
     with tqdm(total=len(made), unit="part") as bar:
         for part in made:
             under_way.append(count.remote(str(job.output), part, n_codes))
-            if len(under_way) == _MOST_TASKS:
+            if len(under_way) == MOST_TASKS:
                 yield ray.get(under_way.pop(0))
                 bar.update()
         for task in under_way:
@@ -428,25 +222,3 @@ def _counts(job: Job, made: list[dict[str, Any]]) -> Iterator[part_counts.Counts
 
 def _count(output: str, part: dict[str, Any], n_codes: int) -> part_counts.Counts:
     return part_counts.count_part(epath.Path(output) / part["name"], part, n_codes)
-
-
-class _Tasks:
-    """Tasks under way whose results are noted as they come; not too many at a time."""
-
-    def __init__(self, note: Callable[[str, dict], None]):
-        self._note, self._names = note, {}
-
-    def add(self, name: str, task: ray.ObjectRef) -> None:
-        self._names[task] = name
-        self._collect(timeout=0)
-        while len(self._names) > _MOST_TASKS:
-            self._collect(timeout=None)
-
-    def finish(self) -> None:
-        while self._names:
-            self._collect(timeout=None)
-
-    def _collect(self, timeout: float | None) -> None:
-        ended, _ = ray.wait(list(self._names), num_returns=1, timeout=timeout)
-        for task in ended:
-            self._note(self._names.pop(task), ray.get(task))

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.data.clips import Decoding, Failed, Filtered, LeftOut
+from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, LeftOut, Outcome
+from opensora_jax.data.looks import FIGURES
 from opensora_jax.data.part_counts import Counts
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.models.tokenizer import Tokenizer
@@ -17,8 +19,11 @@ from opensora_jax.windows import Windows
 PART_BYTES = 2**26
 
 
-# Of settings, what videos have to show at least to be kept.
-FILTERS = ("min_side", "min_motion", "min_brightness")
+# Of settings, those that say what of a video is kept: fields of `Decoding`, all off at 0.
+CURATION = (
+    *("clip_frames", "clip_stride", "split_scenes", "crop_bars", "min_side", "min_motion"),
+    *("min_brightness", "max_frozen", "near_duplicates"),
+)
 
 
 class PreprocessError(ValueError):
@@ -59,8 +64,13 @@ class Job:
         return height, width
 
     @property
+    def cuts(self) -> bool:
+        """Whether a video may be several clips."""
+        return "clip_frames" in self.settings or "split_scenes" in self.settings
+
+    @property
     def decoding(self) -> Decoding:
-        keys = ("fps", "max_frames", "n_frames", *FILTERS)
+        keys = ("fps", "max_frames", "n_frames", *CURATION)
         sizes = {key: self.settings[key] for key in keys if key in self.settings}
         return Decoding(tuple(self.settings["resolution"]), **sizes, windows=self.windows)
 
@@ -68,7 +78,7 @@ class Job:
 @dataclasses.dataclass(frozen=True)
 class Made:
     """Attributes:
-    records: of what became of the videos: kept (a number), filtered and failed (lists), in order.
+    records: of what became of the videos, in order: what `record_of` gives, and more.
     parts: what is known of each part; None: it stands beside them.
     counts: what each part holds; None: still to be counted.
     """
@@ -78,16 +88,58 @@ class Made:
     counts: Iterable[Counts] | None = None
 
 
-def expect_none_failed(job: Job, clip: LeftOut) -> None:
+def expect_none_failed(job: Job, outcome: Outcome) -> None:
     """Raises PreprocessError, of a strict job, for a video that cannot be read."""
-    if job.strict and isinstance(clip, Failed):
-        raise PreprocessError(f"{files.short(clip.file)}: {clip.reason} (strict=True)")
+    for clip in outcome:
+        if job.strict and isinstance(clip, Failed):
+            raise PreprocessError(f"{files.short(clip.file)}: {clip.reason} (strict=True)")
 
 
-def record_of(n_kept: int, left_out: list[LeftOut]) -> dict[str, Any]:
-    """What became of some videos, as JSON."""
-    return {
-        "kept": n_kept,
-        "filtered": [dataclasses.asdict(clip) for clip in left_out if isinstance(clip, Filtered)],
-        "failed": [dataclasses.asdict(clip) for clip in left_out if isinstance(clip, Failed)],
+def record_of(outcomes: list[Outcome], names: list[str]) -> dict[str, Any]:
+    """What became of some videos, as JSON: how many there are, how many are kept, with one clip at
+    least, how many clips are, which were filtered, all of them or clips, and failed; what clips
+    show, counted, and what those kept look like, where that was asked for.
+
+    Args:
+      names: of the videos' files.
+    """
+    clips = [clip for outcome in outcomes for clip in outcome]
+    kept, filtered = ([x for x in clips if isinstance(x, kind)] for kind in (Clip, Filtered))
+    hashes = [
+        [file, clip.hash]
+        for file, outcome in zip(names, outcomes, strict=True)
+        for clip in outcome
+        if isinstance(clip, Clip) and clip.hash
+    ]
+    figures = {
+        name: {"kept": _histogram(kept, name), "filtered": _histogram(filtered, name)}
+        for name in FIGURES
+        if any(name in clip.figures for clip in clips)
     }
+    return {
+        "entries": len(outcomes),
+        "kept": sum(any(isinstance(clip, Clip) for clip in outcome) for outcome in outcomes),
+        "clips": len(kept),
+        "filtered": [_named(clip) for clip in filtered],
+        "failed": [_named(clip) for clip in clips if isinstance(clip, Failed)],
+        **({"figures": figures} if figures else {}),
+        **({"hashes": hashes} if hashes else {}),
+    }
+
+
+def _histogram(clips: list[Clip | LeftOut], name: str) -> list[int]:
+    """How many of the clips show how much, between the edges of FIGURES and beyond the last."""
+    edges = FIGURES[name]
+    values = [clip.figures[name] for clip in clips if name in clip.figures]
+    return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()
+
+
+def n_entries(record: dict[str, Any]) -> int:
+    """How many videos a record, also one of an earlier version, is about."""
+    return record.get("entries", record["kept"] + len(record["filtered"]) + len(record["failed"]))
+
+
+def _named(clip: LeftOut) -> dict[str, Any]:
+    start = {} if clip.start is None else {"start": clip.start}
+    like = {} if clip.like is None else {"like": clip.like}
+    return {"file": clip.file, **start, "reason": clip.reason, **like}

@@ -7,7 +7,7 @@ from pathlib import Path
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.preprocessing.job import FILTERS
+from opensora_jax.preprocessing.job import CURATION
 
 
 def sha256(path):
@@ -44,8 +44,9 @@ def command(captions, videos, output, vqvae, text_model, settings, engine, stric
     if "columns" in settings:
         file_column, caption_column = settings["columns"]
         words += ["--file_column", file_column, "--caption_column", caption_column]
-    for name in FILTERS:
-        words += [f"--{name}", settings[name]] if name in settings else []
+    for name in CURATION:
+        value = settings.get(name)
+        words += [f"--{name}", *([] if value is True else [value])] if value else []
     words += ["--strict"] if strict else []
     words += ["--engine", engine] if engine != "local" else []
     return shlex.join(map(str, words))

@@ -81,6 +81,34 @@ def histogram(
         return _svg(figure)
 
 
+def counts_chart(
+    edges: Sequence[float],
+    counts: Mapping[str, Sequence[int]],
+    *,
+    x_label: str,
+    size: tuple[float, float],
+    name: str,
+) -> str:
+    """An `<svg>` element: how many of each kind, one above the other, lie between which edges, all
+    equally far apart; else as `line_chart`."""
+    places = np.arange(len(edges))
+    below = np.zeros(len(edges) - 1)
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        for color, (label, values) in zip(COLORS[::3], counts.items(), strict=False):
+            axes.bar(places[:-1] + 0.5, values, 0.9, below, color=color, label=label)
+            below = below + values
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        figure.legend(
+            loc="outside upper left", ncols=6, frameon=False, handlelength=1, columnspacing=1
+        )
+        _finish(axes, x_label)
+        shown = places[:: -(-len(edges) // 12)]
+        axes.set_xticks(shown, [f"{edges[i]:g}" for i in shown])
+        return _svg(figure)
+
+
 def usage_chart(counts: np.ndarray, *, size: tuple[float, float], name: str) -> str:
     """An `<svg>` element: how often each code is used, (n_codes,) counts, most used code first.
 

@@ -1,8 +1,6 @@
 """The page of a dataset: what a model that is trained on it will see."""
 
-import collections
 import dataclasses
-import re
 from typing import Any
 
 import numpy as np
@@ -10,11 +8,18 @@ from etils import epath
 
 from opensora_jax import files
 from opensora_jax.data.dataset import LatentDataset
-from opensora_jax.data.survey import Survey
+from opensora_jax.data.survey import Survey, by_reason
 from opensora_jax.report import charts, page
 
 _MAX_NAMES = 20  # of videos left out for one reason
 _CHART = (5.2, 2.5)  # inches
+# Of `looks.FIGURES`: title, unit and meaning.
+_FIGURES = {
+    "motion": ("Motion", "of 255", "by which pixels differ from one frame to the next"),
+    "brightness": ("Brightness", "of 255", "of the brightest frame"),
+    "frozen": ("Frozen", "share of a clip", "that is one run of equal frames"),
+    "side": ("Size", "pixels", "of the file's shorter side"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +56,21 @@ def write(
 def gather(dataset, survey, examples, pairs) -> dict[str, Any]:
     """Everything that dataset.html shows, by the names that it uses."""
     metadata, counts = dataset.metadata, dataset.metadata.get("counts", {})
-    figures = [(f"{len(dataset):,}", "rows"), (f"{len(survey.seconds):,}", "videos")]
+    clip_counts = metadata.get("clip_counts", {})
+    kind = "clips" if clip_counts else "videos"
+    figures = [(f"{len(dataset):,}", "rows"), (f"{len(survey.seconds):,}", kind)]
     figures += [(f"{len(survey.tokens):,}", "distinct captions")]
     figures += [(f"{survey.seconds.sum() / 3600:,.1f} h", "of video")]
     figures += [(f"{n:,}", f"videos {kind}") for kind, n in counts.items() if kind != "kept" and n]
+    if clip_counts:
+        figures += [(f"{counts['kept']:,}", "videos that they are of")]
+        figures += [(f"{clip_counts['filtered']:,}", "clips filtered")]
     return {
         "title": f"Dataset: {dataset.folder.name}",
         "figures": figures,
         "facts": _facts(dataset),
         "left_out": _left_out(metadata),
+        "filter_charts": list(_filter_charts(metadata)),
         "charts": _charts(dataset, survey),
         "n_looked_at": len(survey.rows),
         "words": survey.words,
@@ -67,7 +78,7 @@ def gather(dataset, survey, examples, pairs) -> dict[str, Any]:
         "examples": examples,
         "pairs": pairs,
         "n_alike": survey.n_alike,
-        "same_names": survey.same_names,
+        "same_names": 0 if clip_counts else survey.same_names,
     }
 
 
@@ -91,10 +102,7 @@ def _left_out(metadata):
     """Reasons, those that differ in numbers alone together, the most frequent first."""
     found = []
     for kind in ("filtered", "failed"):
-        by_reason = collections.defaultdict(list)
-        for entry in metadata.get(kind, []):
-            by_reason[re.sub(r"\d+(\.\d+)?", "N", entry["reason"])].append(entry)
-        for reason, entries in by_reason.items():
+        for reason, entries in by_reason(metadata.get(kind, [])).items():
             found.append(
                 {
                     "kind": kind,
@@ -122,6 +130,16 @@ def _charts(dataset, survey):
         if len(values):
             svg = charts.histogram(values, x_label=label, size=_CHART, name=f"hist-{title}")
             yield {"title": title, "svg": svg, "caption": caption}
+
+
+def _filter_charts(metadata):
+    """What clips showed that were looked at to filter them."""
+    for name, figure in metadata.get("figures", {}).items():
+        title, label, caption = _FIGURES[name]
+        counts = {kind: figure[kind] for kind in ("kept", "filtered")}
+        options = {"x_label": label, "size": _CHART, "name": f"figure-{name}"}
+        svg = charts.counts_chart(figure["edges"], counts, **options)
+        yield {"title": title, "svg": svg, "caption": caption}
 
 
 def _codebook(dataset):

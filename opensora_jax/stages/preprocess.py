@@ -15,22 +15,18 @@ from etils import epath
 
 from opensora_jax import files, lock
 from opensora_jax.build import training as build
-from opensora_jax.data import dataset, dataset_writer, video_io
+from opensora_jax.data import dataset, dataset_writer, shots, video_io
 from opensora_jax.data.captions import COLUMNS, expect_a_video, read_captions
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tiles import Tiles
 from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer
-from opensora_jax.preprocessing import local
-from opensora_jax.preprocessing.job import FILTERS, Job, PreprocessError
+from opensora_jax.preprocessing import local, summary
+from opensora_jax.preprocessing.job import CURATION, Job, PreprocessError
 from opensora_jax.preprocessing.provenance import command, location, sha256, text_model_identity
 from opensora_jax.windows import WindowError, Windows
 
 ENGINES = ("local", "ray")
-DRY_RUN = "dry_run.json"
-
-_MOST_NAMES = 50  # of left-out videos on the screen; metadata.json names all
-_LONGEST_NAME = 255  # characters of each
 
 
 def run(config, workdir: str | os.PathLike) -> None:
@@ -74,7 +70,7 @@ def run(config, workdir: str | os.PathLike) -> None:
             flat=options.get("flat", False),
             columns=columns,
             strict=strict,
-            **{name: options.get(name, 0) for name in FILTERS},
+            **{name: options.get(name, 0) for name in CURATION},
         )
 
 
@@ -89,6 +85,8 @@ def preprocess(
     fps: float | None = None,
     max_frames: int | None = None,
     n_frames: int | None = None,
+    clip_frames: int = 0,
+    clip_stride: int = 0,
     window: int | None = None,
     tile: int | None = None,
     batch_size: int = 8,
@@ -96,9 +94,13 @@ def preprocess(
     flat: bool = False,
     columns: tuple[str, str] = COLUMNS,
     strict: bool = False,
+    split_scenes: bool = False,
+    crop_bars: bool = False,
     min_side: int = 0,
     min_motion: float = 0.0,
     min_brightness: float = 0.0,
+    max_frozen: float = 0.0,
+    near_duplicates: int = 0,
     dry_run: bool = False,
     engine: str = "local",
     ray_address: str | None = None,
@@ -121,6 +123,9 @@ def preprocess(
         as none is where `n_frames` cuts them.
       n_frames: cut every video to this many frames, and filter shorter ones. None keeps all frames
         but for a rest that the tokenizer has no latent for.
+      clip_frames: cut every video into clips of this many frames, each with rows of its own and its
+        start in seconds, and filter shorter ones. 0: a video is one clip.
+      clip_stride: frames from the begin of a clip to that of the next; 0: clip_frames.
       window: frames that are encoded together; None takes the length the VQ-VAE was trained on. A
         last, partial window is padded with its last frame, and the codes of the padding dropped.
       tile: pixels of the tiles, a quarter of them shared, that larger videos are encoded in, and
@@ -132,7 +137,12 @@ def preprocess(
         features are stored as often as there are captions.
       columns: of captions in a table: the names of the column of files and of that of captions.
       strict: whether one entry or video that cannot be used ends it, instead of being left out.
-      min_side, min_motion, min_brightness: what a video has to show to be kept, as `Decoding` says.
+      split_scenes: cut videos where another shot begins, too, so that no clip spans two; each shot
+        is a clip of its own, or several of `clip_frames`.
+      crop_bars, min_side, min_motion, min_brightness, max_frozen: what is cut off videos, and what
+        a clip has to show to be kept, as `Decoding` says.
+      near_duplicates: of 256 bits of what they look like, in how many two clips of different videos
+        may differ and the later one be left out; 0: none is.
       dry_run: videos are looked at, and what would become of them is written into
         `output`/dry_run.json; nothing is encoded.
       engine: `local`: this machine alone; `ray`: a cluster of them.
@@ -150,6 +160,17 @@ def preprocess(
         jax.config.update("jax_platforms", "cpu")
     if fps is not None:
         video_io.check_fps(fps)
+    curation = {
+        "clip_frames": clip_frames,
+        "clip_stride": clip_stride,
+        "split_scenes": split_scenes,
+        "crop_bars": crop_bars,
+        "min_side": min_side,
+        "min_motion": min_motion,
+        "min_brightness": min_brightness,
+        "max_frozen": max_frozen,
+        "near_duplicates": near_duplicates,
+    }
     counts = {
         "max_frames": max_frames,
         "videos_per_part": videos_per_part,
@@ -158,13 +179,21 @@ def preprocess(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise PreprocessError(f"{name}={value}: expected at least 1")
+    for name, value in curation.items():
+        if value < 0:
+            raise PreprocessError(f"{name}={value}: expected at least 0")
+    if split_scenes:
+        shots.expect_installed()
+    if clip_frames and n_frames:
+        raise PreprocessError(f"n_frames={n_frames}: expected none with clip_frames={clip_frames}")
+    if clip_stride and not clip_frames:
+        raise PreprocessError(f"clip_stride={clip_stride}: expected clip_frames with it")
     videos, output = epath.Path(videos), epath.Path(output)
     entries = read_captions(captions, columns, strict=strict)
     expect_a_video(entries, videos)
     model = load_tokenizer(vqvae)
     window = window or model.n_frames
-    least = (min_side, min_motion, min_brightness)
-    filters = dict(zip(FILTERS, least, strict=True))
+    length = clip_frames or n_frames  # of each clip
     settings = {
         "captions_sha256": sha256(captions),
         "vqvae_fingerprint": fingerprint(model),
@@ -173,13 +202,13 @@ def preprocess(
         "fps": fps,
         "max_frames": max_frames,
         "n_frames": n_frames,
-        "window": min(window, n_frames) if n_frames else window,
+        "window": min(window, length) if length else window,
         "videos_per_part": videos_per_part,
         # Which older datasets do not say.
         **({"flat": True} if flat else {}),
         **({"tile": tile} if tile else {}),
         **({"columns": list(columns)} if tuple(columns) != COLUMNS else {}),
-        **{name: value for name, value in filters.items() if value},
+        **{name: value for name, value in curation.items() if value},
     }
     windows = _windows(settings, model)
     if _is_done(output, settings, engine):
@@ -228,13 +257,13 @@ def preprocess(
             strict=strict,
         )
         if dry_run:
-            _finish_dry_run(job, local.look(job))
+            summary.finish_dry_run(job, local.look(job))
         elif engine == "ray":
             from opensora_jax.preprocessing import cluster  # the extra `ray`
 
-            cluster.run(job, ray_address, functools.partial(_finish, job, metadata))
+            cluster.run(job, ray_address, functools.partial(summary.finish, job, metadata))
         else:
-            _finish(job, metadata, local.encode(job))
+            summary.finish(job, metadata, local.encode(job))
 
 
 # -------------------------------------------------------------------- settings and the summary
@@ -284,10 +313,10 @@ def _windows(settings, model):
         Tiles.of((height // h, width // w), (h, w), settings.get("tile"))
     except ValueError as error:
         raise PreprocessError(str(error)) from None
-    n_frames, window = settings["n_frames"], settings["window"]
-    if n_frames is not None and n_frames < window:  # a window by itself
-        window = n_frames
-    key = "n_frames" if window == n_frames else "window"
+    window = settings["window"]
+    name = "clip_frames" if "clip_frames" in settings else "n_frames"
+    n_frames = settings[name]
+    key = name if window == n_frames else "window"  # a window by itself
     try:
         windows = Windows(t, model.causal, window)
     except WindowError as error:
@@ -296,7 +325,7 @@ def _windows(settings, model):
         ) from None
     if n_frames and windows.fit(n_frames) != n_frames:
         raise PreprocessError(
-            f"n_frames={n_frames}: expected {windows.near(n_frames)}, the tokenizer's downsampling "
+            f"{name}={n_frames}: expected {windows.near(n_frames)}, the tokenizer's downsampling "
             "in time"
         )
     return windows
@@ -320,45 +349,3 @@ def _is_done(output, settings, engine):
             "or use another folder"
         )
     return complete
-
-
-def _finish_dry_run(job, found):
-    files.write_json(job.output / DRY_RUN, found)
-    for kind in ("filtered", "failed"):
-        _tell(kind, found[kind])
-    hours = sum(found["seconds"]) / 3600
-    print(f"preprocess: {found['kept']} videos, {hours:.2f} hours, would be kept: ", end="")
-    print(job.output / DRY_RUN)
-
-
-def _finish(job, metadata, made):
-    output, records = job.output, made.records
-    counts = {"kept": sum(record["kept"] for record in records)}
-    for kind in ("filtered", "failed"):
-        metadata[kind] = [video for record in records for video in record[kind]]
-        counts[kind] = len(metadata[kind])
-    if counts["kept"]:
-        n_rows = dataset_writer.finish_dataset(
-            output,
-            {**metadata, "counts": counts},
-            np.asarray(job.model.codebook),
-            records=made.parts,
-            counts=made.counts,
-        )
-        print(f"preprocess: {output}: {n_rows} rows of {counts['kept']} videos")
-    for kind in ("filtered", "failed"):
-        _tell(kind, metadata[kind])
-    if not counts["kept"]:
-        raise PreprocessError(f"{output}: not one video could be kept: remove it to try again")
-
-
-def _tell(kind, videos):
-    """Names those that were left out."""
-    print(f"preprocess: {len(videos)} videos {kind}")
-    for video in videos[:_MOST_NAMES]:
-        file = video["file"]
-        file = file if len(file) <= _LONGEST_NAME else files.short(file)
-        # A file name need not be text.
-        print(f"  {file}: {video['reason']}".encode(errors="backslashreplace").decode())
-    if len(videos) > _MOST_NAMES:
-        print(f"  ... and {len(videos) - _MOST_NAMES} more: see the file that names all")

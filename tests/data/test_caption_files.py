@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from videos import gradient_video
+from videos import decoded_whole, gradient_video
 
 from opensora_jax.data import archives
 from opensora_jax.data.captions import PROBLEM, CaptionsError, expect_a_video, read_captions
-from opensora_jax.data.clips import Clip, Decoding, Failed, decode_clips
+from opensora_jax.data.clips import Clip, Decoding, Failed
 from opensora_jax.data.video_io import read_video, write_video
 from opensora_jax.windows import Windows
 
@@ -150,19 +150,19 @@ def test_archives_are_read_as_webdataset_packs_them(shards, tmp_path):
     expect_a_video(found, shards)
     with pytest.raises(CaptionsError, match=r"none of the captions' videos .* '0.tar/0001.mp4'"):
         expect_a_video(found, tmp_path)
-    clips = list(decode_clips(DECODING, shards, found))
-    assert [type(clip) for clip in clips] == [Clip, Clip, Clip, Failed]
-    for clip, name in zip(clips, ("x.mp4", "y.mp4", "y.mp4"), strict=False):
+    clips = decoded_whole(DECODING, shards, found)
+    assert [type(clip) for clip, _ in clips] == [Clip, Clip, Clip, Failed]
+    for (_, frames), name in zip(clips, ("x.mp4", "y.mp4", "y.mp4"), strict=False):
         expected = read_video(tmp_path / name, resolution=(16, 24))
-        np.testing.assert_array_equal(clip.frames_THWC, expected)
-    assert "captions=[]" in clips[3].reason
+        np.testing.assert_array_equal(frames, expected)
+    assert "captions=[]" in clips[3][0].reason
 
 
 def test_a_bad_archive_is_told_by_name(shards):
     entries = [{"file": "0.tar/nothing.mp4"}, {"file": "2.tar/a.mp4"}, {"file": "1.tar/4.mp4"}]
     whole = (shards / "1.tar").read_bytes()
     (shards / "1.tar").write_bytes(whole[:3000])
-    found = list(decode_clips(DECODING, shards, entries))
+    found = [clip for clip, _ in decoded_whole(DECODING, shards, entries)]
     assert [type(clip) for clip in found] == [Failed] * 3
     assert found[0].reason == "not in 0.tar"
     assert found[1].reason == "no archive 2.tar"
@@ -196,6 +196,6 @@ def test_a_link_that_leads_out_of_the_folder_is_not_followed(tmp_path):
     (tmp_path / "other").symlink_to(tmp_path / "videos")
     entries = [{"file": name} for name in ("out.mp4", "in.mp4")]
     for folder in ("videos", "other"):
-        left_out, kept = decode_clips(DECODING, tmp_path / folder, entries)
+        (left_out, _), (kept, _) = decoded_whole(DECODING, tmp_path / folder, entries)
         assert left_out == Failed("out.mp4", "a link that leads out of the video folder")
         assert isinstance(kept, Clip)

@@ -1,19 +1,15 @@
 """Decoding for a dataset: each video becomes a clip, or the reason why it is left out."""
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from videos import gradient_video, write_encoded, write_lossless
+from videos import decoded_whole, gradient_video, write_encoded, write_lossless
 
 from opensora_jax.data.clips import (
     Clip,
     Decoding,
     Failed,
     Filtered,
-    decode_clips,
-    map_ahead,
-    motion,
 )
 from opensora_jax.data.video_io import read_video, write_video
 from opensora_jax.windows import Windows
@@ -41,16 +37,17 @@ def test_each_video_is_a_clip_or_the_reason_why_not_in_order(tmp_path):
     write_encoded(tmp_path / "other.ts", gradient_video(8))
     names = ["long.mp4", "odd.mp4", "short.mp4", "video.dat", "text.mp4", "none.mp4", "other.ts"]
     odd_names = ["x" * 300 + ".mp4", "\ud83d.mp4", "zero\0.mp4"]
-    found = list(decode_clips(Decoding(**OPTIONS), tmp_path, entries(names + odd_names)))
+    made = decoded_whole(Decoding(**OPTIONS), tmp_path, entries(names + odd_names))
+    found, frames = zip(*made, strict=True)
     assert found[0] == Filtered("long.mp4", "more than 10 frames")
     assert isinstance(found[1], Clip)
     assert found[1].fps == 8
     expected = read_video(tmp_path / "odd.mp4", resolution=(16, 24))[:4]
-    np.testing.assert_array_equal(found[1].frames_THWC, expected)
+    np.testing.assert_array_equal(frames[1], expected)
     assert found[2] == Filtered("short.mp4", "3 frames, expected at least 4")
     assert found[3].reason.startswith("suffix '.dat': expected one of .mp4 .m4v ")
     assert found[5] == Failed("none.mp4", "no such file")
-    assert len(found[6].frames_THWC) == 8
+    assert len(frames[6]) == 8
     assert found[7] == Failed(odd_names[0], "File name too long")
     assert found[8] == Failed(odd_names[1], "its name is not Unicode text")
     assert found[9] == Failed(odd_names[2], "no such file")
@@ -61,8 +58,9 @@ def test_clips_are_resampled_and_cut(tmp_path):
     write_video(tmp_path / "a.mp4", gradient_video(8), fps=8)
     write_video(tmp_path / "b.mp4", gradient_video(3), fps=8)
     options = OPTIONS | {"fps": 16.0, "n_frames": 12}
-    cut, short = decode_clips(Decoding(**options), tmp_path, entries(["a.mp4", "b.mp4"]))
-    assert (len(cut.frames_THWC), cut.fps) == (12, 16)
+    found = decoded_whole(Decoding(**options), tmp_path, entries(["a.mp4", "b.mp4"]))
+    (cut, frames), (short, _) = found
+    assert (len(frames), cut.fps) == (12, 16)
     # It is cut, so that it is not too long; and at twice the rate every frame is shown twice.
     assert short == Filtered("b.mp4", "6 frames, expected at least 12")
 
@@ -70,16 +68,16 @@ def test_clips_are_resampled_and_cut(tmp_path):
 def test_frames_are_counted_at_the_rate_of_the_dataset_and_not_of_what_is_cut(tmp_path):
     write_video(tmp_path / "a.mp4", gradient_video(36), fps=24)
     options = OPTIONS | {"fps": 8.0, "max_frames": 12}
-    (whole,) = decode_clips(Decoding(**options), tmp_path, entries(["a.mp4"]))
-    assert len(whole.frames_THWC) == 12
-    (too_long,) = decode_clips(
+    ((_, whole),) = decoded_whole(Decoding(**options), tmp_path, entries(["a.mp4"]))
+    assert len(whole) == 12
+    ((too_long, _),) = decoded_whole(
         Decoding(**(options | {"max_frames": 11})), tmp_path, entries(["a.mp4"])
     )
     assert too_long == Filtered("a.mp4", "more than 11 frames")
-    (cut,) = decode_clips(
+    ((_, cut),) = decoded_whole(
         Decoding(**(options | {"max_frames": 11, "n_frames": 8})), tmp_path, entries(["a.mp4"])
     )
-    assert len(cut.frames_THWC) == 8
+    assert len(cut) == 8
 
 
 def test_a_missing_end_is_told_of_what_is_cut_as_well(tmp_path):
@@ -88,25 +86,11 @@ def test_a_missing_end_is_told_of_what_is_cut_as_well(tmp_path):
     write_encoded(path, noise)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    (failed,) = decode_clips(
+    ((failed, _),) = decoded_whole(
         Decoding(**(OPTIONS | {"fps": 8.0, "n_frames": 4})), tmp_path, entries(["a.mkv"])
     )
     assert isinstance(failed, Failed)
     assert failed.reason.startswith("truncated: ")
-
-
-def test_work_is_begun_ahead_in_order_but_not_without_bound():
-    started = []
-
-    def work(item):
-        started.append(item)
-        return -item
-
-    with ThreadPoolExecutor(2) as pool:
-        for i, result in enumerate(map_ahead(pool, work, range(20), 3)):
-            assert result == -i
-            assert len(started) <= i + 4
-    assert len(started) == 20
 
 
 def test_what_shows_too_little_is_filtered_with_the_figures(tmp_path):
@@ -122,19 +106,14 @@ def test_what_shows_too_little_is_filtered_with_the_figures(tmp_path):
         write_lossless(tmp_path / name, frames)
     least = {"min_side": 40, "min_motion": 0.5, "min_brightness": 16.0}
     names = entries(videos)
-    kept, still, dark, small = decode_clips(Decoding(**OPTIONS, **least), tmp_path, names)
+    found = [clip for clip, _ in decoded_whole(Decoding(**OPTIONS, **least), tmp_path, names)]
+    kept, still, dark, small = found
     assert isinstance(kept, Clip)
     assert still == Filtered("still.mkv", "still: moves by 0.00 of 255, expected at least 0.5")
     assert re.fullmatch(r"dark: 3\.\d\d of 255, expected at least 16", dark.reason)
     assert small == Filtered("small.mkv", "40 x 32 pixels, expected a side of at least 40")
     for name, one in least.items():
-        found = decode_clips(Decoding(**OPTIONS, **{name: one}), tmp_path, names)
-        assert sum(isinstance(clip, Filtered) for clip in found) == 1
-    assert all(isinstance(x, Clip) for x in decode_clips(Decoding(**OPTIONS), tmp_path, names))
-
-
-def test_motion_is_the_mean_change_of_pixels():
-    frames = np.zeros((3, 2, 2, 3), np.uint8)
-    frames[1], frames[2, 0] = 10, 250
-    assert motion(frames) == (10 + (240 + 10) / 2) / 2
-    assert motion(frames[:1]) == 0
+        found = decoded_whole(Decoding(**OPTIONS, **{name: one}), tmp_path, names)
+        assert sum(isinstance(clip, Filtered) for clip, _ in found) == 1
+    found = decoded_whole(Decoding(**OPTIONS), tmp_path, names)
+    assert all(isinstance(clip, Clip) for clip, _ in found)

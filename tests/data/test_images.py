@@ -3,10 +3,10 @@
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from videos import gradient_video, mean_error, write_lossless
+from videos import decoded_whole, gradient_video, mean_error, write_lossless
 
 from opensora_jax.data import pipeline
-from opensora_jax.data.clips import Clip, Decoding, Filtered, decode_clips
+from opensora_jax.data.clips import Clip, Decoding, Filtered
 from opensora_jax.data.video_io import VideoError, probe, read_video
 from opensora_jax.windows import Windows
 
@@ -59,12 +59,12 @@ def test_a_cut_image_is_told(tmp_path, suffix):
 def test_images_go_into_a_dataset_of_one_frame_or_are_counted_as_too_short(tmp_path):
     iio.imwrite(tmp_path / "a.png", IMAGE)
     sizes = {"resolution": (16, 24), "fps": None, "max_frames": None, "n_frames": None}
-    (clip,) = decode_clips(
+    ((clip, frames),) = decoded_whole(
         Decoding(**sizes, windows=Windows(4, True, 1)), tmp_path, [{"file": "a.png"}]
     )
     assert isinstance(clip, Clip)
-    assert clip.frames_THWC.shape == (1, 16, 24, 3)
-    (clip,) = decode_clips(
+    assert frames.shape == (1, 16, 24, 3)
+    ((clip, _),) = decoded_whole(
         Decoding(**sizes, windows=Windows(4, False, 4)), tmp_path, [{"file": "a.png"}]
     )
     assert clip == Filtered("a.png", "1 frames, expected at least 4")

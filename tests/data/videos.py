@@ -5,6 +5,8 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from opensora_jax.data import clips
+
 
 def gradient_video(n_frames=8, height=48, width=64):
     """Smooth frames that codecs keep well; frame t is brighter by 10 t in blue."""
@@ -58,3 +60,30 @@ def write_encoded(
             samples.sample_rate = 8000
             container.mux(sound.encode(samples))
             container.mux(sound.encode())
+
+
+def decoded(decoding, folder, entries):
+    """Of each entry, in order, what became of each of its clips, and the frames of those kept."""
+    windows, outcomes = {}, {}
+    for i, piece in clips.decode_clips(decoding, folder, entries):
+        assert i not in outcomes  # the last
+        if isinstance(piece, clips.Window):
+            windows.setdefault((i, piece.clip), []).append(piece.frames_THWC)
+        else:
+            outcomes[i] = piece
+    found = []
+    for i in range(len(outcomes)):
+        found.append([])
+        for k, clip in enumerate(outcomes[i]):
+            frames = None
+            if isinstance(clip, clips.Clip):
+                assert len(windows[i, k]) == clip.n_windows
+                frames = np.concatenate(windows[i, k])
+                assert len(frames) == clip.n_frames
+            found[i].append((clip, frames))
+    return found
+
+
+def decoded_whole(decoding, folder, entries):
+    """As `decoded`, of videos of one clip each."""
+    return [one for (one,) in decoded(decoding, folder, entries)]

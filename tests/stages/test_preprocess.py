@@ -43,9 +43,8 @@ def finished(world):
 jit_encode = nnx.jit(lambda model, video: model.encode(video))
 
 
-def direct_codes(model, path):
+def direct_codes(model, frames):
     """The codes by the definition: window by window, the last one padded with its last frame."""
-    frames = video_io.read_video(path, resolution=RESOLUTION)
     frames = frames[: len(frames) // 4 * 4]
     codes = []
     for start in range(0, len(frames), WINDOW):
@@ -66,7 +65,8 @@ def test_each_caption_is_a_row_with_the_codes_and_features_of_direct_encoding(wo
     for i, (file, caption) in enumerate(expected):
         codes = found[i]["video_latent_states"]
         assert codes.shape == (USABLE[file][0] // 4, 4, 2)
-        np.testing.assert_array_equal(codes, direct_codes(model, world / "videos" / file))
+        frames = video_io.read_video(world / "videos" / file, resolution=RESOLUTION)
+        np.testing.assert_array_equal(codes, direct_codes(model, frames))
         features = text_encoder.encode([caption])[0]
         np.testing.assert_array_equal(
             found[i]["text_latent_states"], features.astype(np.float16).astype(np.float32)
