@@ -3,7 +3,11 @@
     python -m opensora_jax.sample --workdir=runs/quickstart \\
         --prompt "a blue square moves up" --output out.mp4
 
-Draws videos for prompts with the averaged weights of a trained DiT.
+Draws videos for prompts with the averaged weights of a trained DiT. Of one with
+dit.conditioning=frames they may begin with an image, or go on with a video:
+
+    python -m opensora_jax.sample --workdir=runs/frames --prompt "a blue square moves up" \\
+        --init_image square.png --output out.mp4
 """
 
 import argparse
@@ -35,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = (args.prompt or []) + _read_prompts(args.prompts_file)
     if not prompts:
         raise ValueError("--prompt: expected at least one, here or in --prompts_file")
+    init = _init(args)
     outputs = _outputs(epath.Path(args.output), len(prompts))
 
     # After the arguments are known to be good: these imports take seconds.
@@ -43,17 +48,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     from opensora_jax import runtime
     from opensora_jax.data import video_io
     from opensora_jax.diffusion.samplers import Sampling
+    from opensora_jax.inference import frames
     from opensora_jax.inference.generator import Generator
 
     runtime.start()
     folder = _dit_folder(files.absolute(args.workdir))
     generator = Generator.load(folder)
-    videos = generator.sample(
+    canvas = frames.Canvas(generator, args.frames, args.height, args.width)
+    if init is not None:
+        how = {"n_frames": 1} if args.init_image else {"fps": generator.fps}
+        with files.nearby(init) as path:
+            video = video_io.read_video(path, resolution=canvas.shape[1:], **how)
+        canvas.keep(
+            frames.Given(str(init), video[None], *args.keep, is_image=bool(args.init_image))
+        )
+    videos = canvas.draw(
         prompts,
         params=generator.restore(folder, best=args.best),
         sampling=Sampling(**_settings(args, folder)),
         seed=args.seed,
-        grid=generator.latent_grid(args.frames, args.height, args.width),
         batch_size=args.batch_size,
     )
     if jax.process_index():
@@ -77,6 +90,40 @@ def _read_prompts(path: str | None) -> list[str]:
             f"--prompts_file={path}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from None
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _init(args: argparse.Namespace) -> epath.Path | None:
+    """The file whose frames are kept, if there is one.
+
+    Raises:
+      ValueError: two files, or none to keep frames of.
+      FileNotFoundError: there is none.
+    """
+    if args.init_video and args.init_image:
+        raise ValueError("--init_image: expected no --init_video beside it")
+    name = "--init_video" if args.init_video else "--init_image"
+    init = args.init_video or args.init_image
+    if not init:
+        if args.keep is not None:
+            raise ValueError("--keep: expected --init_video or --init_image beside it")
+        return None
+    args.keep = args.keep or ("first", 1)
+    if not epath.Path(init).is_file():
+        raise FileNotFoundError(f"{name}={init}: no such file")
+    return epath.Path(init)
+
+
+def _keep(text: str) -> tuple[str, int]:
+    """Which latent frames are kept: "first", "last" or "ends", ":" and how many, or "every:N"."""
+    kept, colon, n = text.partition(":")
+    n = n if colon or kept == "every" else "1"
+    least = {"first": 1, "last": 1, "ends": 1, "every": 2}.get(kept)
+    if least is None or not n.isdecimal() or int(n) < least:
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected first, last or ends, also with a number as in first:2, or every:N "
+            "with an N of 2 or more"
+        )
+    return kept, int(n)
 
 
 def _outputs(output: epath.Path, n: int) -> list[epath.Path]:
@@ -199,6 +246,14 @@ def _parser() -> argparse.ArgumentParser:
     seed_help = "of the noise; the same seed gives the same bytes"
     add("--seed", type=cli.number(int, 0, 2**32 - 1), default=1, help=seed_help)
     add("--frames", type=cli.number(int, 1), help="frames of a video (default: as in training)")
+    add("--init_video", help="a video of which frames are kept (dit.conditioning=frames)")
+    add("--init_image", help="or an image, as a video in which nothing moves")
+    add(
+        "--keep",
+        type=_keep,
+        help="which of its latent frames, at the same places: first, last, ends (first:2 are two) "
+        "or every:4 (default: first)",
+    )
     add("--height", type=cli.number(int, 1), help="pixels (default: as in training)")
     add("--width", type=cli.number(int, 1), help="pixels (default: as in training)")
     add(

@@ -117,6 +117,7 @@ def dit_config(
         patch=c.patch,
         text_width=text_width,
         text_mode=c.text_mode,
+        conditioning=c.conditioning,
         extent=extent,
         n_codes=n_codes,
     )

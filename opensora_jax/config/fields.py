@@ -223,6 +223,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "components": auto_or(at_least(0)),
         "patch": at_least(1),
         "text_mode": one_of(dit.TEXT_MODES),
+        "conditioning": one_of(dit.CONDITIONINGS),
         "text_length": at_least(0),
         "n_latent_frames": one_or_several(at_least(0)),
         "caption_dropout": share,

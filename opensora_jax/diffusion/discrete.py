@@ -94,7 +94,11 @@ def share_hidden(level: jax.Array) -> jax.Array:
 
 
 def hide_least(confidence: jax.Array, is_hidden: jax.Array, n: jax.Array) -> jax.Array:
-    """Of the positions (B, T, H, W) that are hidden, the n of least confidence in each example."""
+    """Of the positions (B, T, H, W) that are hidden, the n of least confidence in each example.
+
+    Args:
+      n: a number, or one for each example, (B, 1, 1, 1).
+    """
     flat = jnp.where(is_hidden, confidence, jnp.inf).reshape(len(confidence), -1)
     rank = jnp.argsort(jnp.argsort(flat, axis=-1), axis=-1).reshape(confidence.shape)
     return is_hidden & (rank < n)

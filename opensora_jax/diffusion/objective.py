@@ -95,9 +95,20 @@ class Objective(Protocol):
         """Noise levels (n,) to train on."""
 
     def loss(
-        self, network: Network, codes: Codes, x: jax.Array, noise: jax.Array, level_B: jax.Array
+        self,
+        network: Network,
+        codes: Codes,
+        x: jax.Array,
+        noise: jax.Array,
+        level_B: jax.Array,
+        unknown: jax.Array | None = None,
     ) -> jax.Array:
-        """What is trained on, (B,), of the data x (B, T, H, W) int32."""
+        """What is trained on, (B,), of the data x (B, T, H, W) int32.
+
+        Args:
+          unknown: bool (B, T, H, W), what is to be learned; of the rest, where the network gives
+            zeros, there is no loss. None: all.
+        """
 
     def sample(
         self,
@@ -106,11 +117,13 @@ class Objective(Protocol):
         noise: jax.Array,
         sampling: Sampling,
         draw: Draw | None = None,
+        unknown: jax.Array | None = None,
     ) -> jax.Array:
         """Codes (B, T, H, W) int32 from noise; guidance is the network's.
 
         Args:
           draw: for samplers that draw more noise.
+          unknown: as of `loss`; what is drawn of the rest is of no account.
 
         Raises:
           ValueError: steps or a sampler that the objective does not have.

@@ -6,7 +6,6 @@ Shape suffixes: B batch.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -96,18 +95,21 @@ class Masked(_OnCodes):
     samplers: ClassVar[tuple[str, ...]] = ("confidence",)
     more_channels: ClassVar[int] = 1
 
-    def loss(self, network, codes, x, noise, level_B):
+    def loss(self, network, codes, x, noise, level_B, unknown=None):
         share_B = discrete.share_hidden(level_B)
         is_hidden = noise[..., 0] < share_B[:, None, None, None]
+        if unknown is not None:
+            is_hidden &= unknown
         out = network(self._seen(codes, x, is_hidden), level_B * TIME_SCALE)
         entropy = self._cross_entropy(network, codes, out, x) * is_hidden
         axes = (1, 2, 3)
         return jnp.sum(entropy, axes) / jnp.maximum(jnp.sum(is_hidden, axes), 1)
 
-    def sample(self, network, codes, noise, sampling, draw=None):
+    def sample(self, network, codes, noise, sampling, draw=None, unknown=None):
         sampler_of(self, sampling)
         times = self._times(sampling)
-        n = math.prod(noise.shape[1:4])
+        start = jnp.ones(noise.shape[:4], bool) if unknown is None else unknown
+        n = jnp.sum(start, axis=(1, 2, 3), keepdims=True)
 
         def step(i, state):
             x, is_hidden = state
@@ -122,7 +124,7 @@ class Masked(_OnCodes):
             return x, discrete.hide_least(log + doubt, is_hidden, left)
 
         x = jnp.zeros(noise.shape[:4], jnp.int32)
-        return jax.lax.fori_loop(0, sampling.steps, step, (x, jnp.ones(x.shape, bool)))[0]
+        return jax.lax.fori_loop(0, sampling.steps, step, (x, start))[0]
 
     def _seen(self, codes, x, is_hidden):
         x = jnp.where(is_hidden[..., None], 0, codes.from_codes(x))
@@ -152,13 +154,14 @@ class Metric(_OnCodes):
         level = jnp.maximum(level, 1e-6)
         return self.beta_scale * ((1 - level) / level) ** self.beta_power
 
-    def loss(self, network, codes, x, noise, level_B):
+    def loss(self, network, codes, x, noise, level_B, unknown=None):
         beta = jnp.broadcast_to(self.beta(level_B)[:, None, None, None], x.shape)
         x_t = self._by_digit(codes, discrete.on_path, [x], [beta], noise)
         out = network(codes.from_codes(x_t), level_B * TIME_SCALE)
-        return jnp.mean(self._cross_entropy(network, codes, out, x), axis=(1, 2, 3))
+        entropy = self._cross_entropy(network, codes, out, x)
+        return jnp.mean(entropy, axis=(1, 2, 3), where=unknown)
 
-    def sample(self, network, codes, noise, sampling, draw=None):
+    def sample(self, network, codes, noise, sampling, draw=None, unknown=None):
         sampler_of(self, sampling)
         times = self._times(sampling)
         sizes = [len(table) for table in codes.digits()]

@@ -30,10 +30,15 @@ class _OnEmbeddings:
     def noise(self, key, shape, codes):
         return jax.random.normal(key, (*shape, codes.table.shape[1]))
 
-    def loss(self, network, codes, x, noise, level_B):
-        return self.error(network, codes.from_codes(x), noise, level_B)
+    def loss(self, network, codes, x, noise, level_B, unknown=None):
+        x_0 = codes.from_codes(x)
+        if unknown is None:
+            return self.error(network, x_0, noise, level_B)
+        # Zeros, as the network gives, have no error: the mean is that of the rest.
+        x_0, noise = (jnp.where(unknown[..., None], a, 0) for a in (x_0, noise))
+        return self.error(network, x_0, noise, level_B) / jnp.mean(unknown, axis=(1, 2, 3))
 
-    def sample(self, network, codes, noise, sampling, draw=None):
+    def sample(self, network, codes, noise, sampling, draw=None, unknown=None):
         return codes.to_codes(self.denoise(network, noise, sampling, draw))
 
 

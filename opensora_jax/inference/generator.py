@@ -20,7 +20,7 @@ from opensora_jax.diffusion import objectives
 from opensora_jax.diffusion.objective import Objective
 from opensora_jax.diffusion.samplers import Sampling
 from opensora_jax.inference.text_encoder import TextEncoder
-from opensora_jax.inference.tokenizer import decode, load_tokenizer
+from opensora_jax.inference.tokenizer import WindowEncoder, decode, load_tokenizer
 from opensora_jax.mesh import PyTree
 from opensora_jax.models.dit import DiTConfig
 from opensora_jax.tasks.dit import DiTTask, Latents
@@ -76,8 +76,11 @@ class DiTDescription:
 
     def to_json(self, has_table: bool = False) -> dict[str, Any]:
         table = self.latents.table
+        dit = dataclasses.asdict(self.dit)
+        if self.dit.conditioning == "text":  # which older models do not say
+            del dit["conditioning"]
         return {
-            "dit": dataclasses.asdict(self.dit),
+            "dit": dit,
             **objectives.to_fields(self.objective),
             **({"latent_table": table.tolist()} if has_table else {"latents": _digest(table)}),
             "levels": self.latents.levels,
@@ -140,6 +143,8 @@ class Generator:
 
     Attributes:
       fps: frames a second of the training videos.
+      conditioning: `DiTConfig.conditioning`.
+      windows: in which the tokenizer encodes and decodes.
 
     Raises:
       FileNotFoundError: not the tokenizer or text model that the description names.
@@ -152,11 +157,13 @@ class Generator:
         self.task = task or DiTTask(
             d.dit, d.latents, d.objective, execution=networks.sampling_execution(d.dit)
         )
-        self.fps = d.fps
+        self.fps, self.conditioning = d.fps, d.dit.conditioning
         self._description = d
         self._mesh = mesh or mesh_lib.make_mesh({**dict.fromkeys(mesh_lib.AXES, 1), "fsdp": -1})
         self._text_encoder = TextEncoder(d.text_model)
         self._tokenizer = load_tokenizer(d.vqvae)
+        window = d.window or self._tokenizer.n_frames
+        self.windows = Windows(d.downsample[0], d.causal, window)
         # Codes whole, so that every process can read them.
         self._sample = jax.jit(
             self.task.sample,
@@ -212,20 +219,20 @@ class Generator:
             if size is None:
                 continue
             if i == 0:
-                if size < 1 or self._windows.fit(size) != size:
-                    raise ValueError(f"{name}={size}: expected {self._windows.near(size)}")
-                grid[0] = self._windows.latents(size)
+                if size < 1 or self.windows.fit(size) != size:
+                    raise ValueError(f"{name}={size}: expected {self.windows.near(size)}")
+                grid[0] = self.windows.latents(size)
                 continue
             factor = d.downsample[i] * d.dit.patch
             if size < 1 or size % factor:
                 raise ValueError(f"{name}={size}: expected a positive multiple of {factor}")
             grid[i] = size // d.downsample[i]
         if not any(_contains(trained, grid) for trained in self.grids):
-            t, h, w = self._pixels(grid)
+            t, h, w = self.pixels(grid)
             largest = [
                 a for a in self.grids if not any(_contains(b, a) for b in self.grids if b != a)
             ]
-            known = " and ".join("{} frames of {} x {}".format(*self._pixels(g)) for g in largest)
+            known = " and ".join("{} frames of {} x {}".format(*self.pixels(g)) for g in largest)
             raise ValueError(
                 f"frames={t}, height={h}, width={w}: this model was trained on up to {known} and "
                 "knows no positions beyond: expected no more"
@@ -238,16 +245,25 @@ class Generator:
         d = self._description
         return [tuple(grid) for grid in d.latent_grids or (d.latent_grid,)]
 
-    @property
-    def _windows(self) -> Windows:
-        d = self._description
-        # Where none is known, nothing depends on it.
-        return Windows(d.downsample[0], d.causal, d.window or d.downsample[0])
+    def longest(self, height: int | None = None, width: int | None = None) -> int:
+        """Most latent frames of a video of this size; None stands for the training size."""
+        _, h, w = self.latent_grid(self.windows.least, height, width)
+        return max(grid[0] for grid in self.grids if _contains(grid, (1, h, w)))
 
-    def _pixels(self, grid):
-        t, *space = grid
-        sides = [n * k for n, k in zip(space, self._description.downsample[1:], strict=True)]
-        return [self._windows.n_frames(t), *sides]
+    def pixels(self, grid: Sequence[int]) -> tuple[int, int, int]:
+        """Frames, height and width of a video of these latents."""
+        t, h, w = grid
+        _, down_h, down_w = self._description.downsample
+        return self.windows.n_frames(t), h * down_h, w * down_w
+
+    def encode(self, videos_NTHWC: np.ndarray) -> np.ndarray:
+        """Codes (N, t, h, w) of videos, uint8, as those of the training were encoded."""
+        encoder = WindowEncoder(
+            self._tokenizer, self.windows.frames, len(videos_NTHWC), self._description.tile
+        )
+        for video_THWC in videos_NTHWC:
+            encoder.add(video_THWC)
+        return np.stack(encoder.finish())
 
     def sample(
         self,
@@ -258,19 +274,26 @@ class Generator:
         seed: int,
         grid: tuple[int, int, int] | None = None,
         batch_size: int = 16,
+        known: tuple[np.ndarray, np.ndarray] | None = None,
+        part: int = 0,
     ) -> np.ndarray:
         """Videos, uint8 (n, T, H, W, 3), one a prompt.
 
-        The noise of a video depends on `seed` and its place in the list only. All batches have one
-        size, the last filled up, so that one compilation serves all; it is rounded up to a multiple
-        of the devices that share it.
+        The noise of a video depends on `seed`, `part` and its place in the list only. All batches
+        have one size, the last filled up, so that one compilation serves all; it is rounded up to a
+        multiple of the devices that share it.
 
         Args:
           prompts: what to show; or by their names the features (S, D) of texts.
+          known: codes (n, t, h, w), and which of the frames are known, (t,): they stay.
+          part: of longer videos, that are drawn in several.
 
         Raises:
-          ValueError: a number of steps, or a sampler, that the model's objective lacks.
+          ValueError: a number of steps, or a sampler, that the model's objective lacks; known
+            frames for a model that was trained on text alone.
         """
+        if known is not None:
+            self.expect_frames()
         text_length = self._description.text_length
         if isinstance(prompts, Mapping):
             features = list(prompts.values())
@@ -281,12 +304,16 @@ class Generator:
         n, parts = len(prompts), self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         batch_size = -(-min(batch_size, n) // parts) * parts
         grid = grid or self._description.latent_grid
-        noises = jax.vmap(lambda i: self.task.noise(rngs.key(seed, "sample", i), grid))
-        keys = jax.vmap(lambda i: rngs.key(seed, "ancestral", i))
+        named = f" of part {part}" if part else ""
+        noises = jax.vmap(lambda i: self.task.noise(rngs.key(seed, f"sample{named}", i), grid))
+        keys = jax.vmap(lambda i: rngs.key(seed, f"ancestral{named}", i))
         videos = []
         for start in range(0, n, batch_size):
             index = np.minimum(np.arange(start, start + batch_size), n - 1)
             inputs = (text[index], lengths[index], noises(index), keys(index))
+            if known is not None:
+                codes, is_known_t = known
+                inputs += ((codes[index], np.tile(is_known_t, (batch_size, 1))),)
             inputs = mesh_lib.shard_whole(inputs, self._mesh)
             with jax.set_mesh(self._mesh):
                 codes = self._sample(params, *inputs, sampling=sampling)
@@ -295,6 +322,14 @@ class Generator:
             d = self._description
             videos.append(decode(self._tokenizer, codes, d.window, d.tile)[: n - start])
         return np.concatenate(videos)
+
+    def expect_frames(self) -> None:
+        """Raises a ValueError if the model cannot be told frames."""
+        if self.conditioning != "frames":
+            raise ValueError(
+                f"dit.conditioning={self.conditioning}: this model was not trained to be told "
+                "frames: expected one with dit.conditioning=frames"
+            )
 
     def write(self, folder: epath.Path, prompts: list[str], videos: np.ndarray) -> None:
         """Writes 00.mp4, 01.mp4, ... and prompts.json into `folder`."""

@@ -36,6 +36,17 @@ def detect(video: np.ndarray) -> tuple[str, str, str] | None:
     Raises:
       ValueError: the array is not such a video.
     """
+    color, shape, direction = _read(video)
+    return None if None in (color, shape, direction) else (color, shape, direction)
+
+
+def look(video: np.ndarray) -> tuple[str | None, str | None]:
+    """As `detect`, (color, shape) wherever it moves; None for what is not clear."""
+    return _read(video)[:2]
+
+
+def _read(video):
+    """(color, shape, direction), each None where it is not clear."""
     video = np.asarray(video)
     good = video.dtype == np.uint8 and video.ndim == 4 and video.shape[-1] == 3
     if not good or len(video) < 2 or min(video.shape[1:3]) < 8:
@@ -44,16 +55,15 @@ def detect(video: np.ndarray) -> tuple[str, str, str] | None:
         )
     segmented = _segment(smooth(video.astype(np.float32)))
     if segmented is None:
-        return None
+        return None, None, None
     rgb_3, coverage_THW = segmented
     located = _locate(coverage_THW)
     if located is None:
-        return None
+        return None, None, None
     frames, center_T2, spread_2 = located
     color = name_color(rgb_3)
     shape = name_shape(coverage_THW[frames], center_T2, spread_2)
-    direction = _direction(frames, center_T2, len(video), video.shape[1:3])
-    return None if None in (color, shape, direction) else (color, shape, direction)
+    return color, shape, _direction(frames, center_T2, len(video), video.shape[1:3])
 
 
 def judge(video: np.ndarray, label: tuple[str, str, str]) -> dict[str, bool]:

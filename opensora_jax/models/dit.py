@@ -30,6 +30,7 @@ SIZES = {
     "XL": (28, 1152, 16),
 }
 TEXT_MODES = ("cross_attention", "in_context")
+CONDITIONINGS = ("text", "frames")
 
 # Ratio of the MLP's hidden width to the width, and features of the embedding of time: the paper's.
 MLP_RATIO = 4
@@ -58,11 +59,13 @@ class DiTConfig:
       text_width: E, width of the text features.
       text_mode: one of `TEXT_MODES`.
       n_codes: of which a last layer makes the logits; None: there is none.
+      conditioning: one of `CONDITIONINGS`, what is known of a sample: its text, or frames as well.
       extent: (T, H, W) tokens that grids of all sizes are stretched to where the network is told
         absolute positions; None: it is told them as they are, of one size.
 
     Raises:
-      ValueError: an unknown text mode, or a width that is no even multiple of the heads.
+      ValueError: an unknown text mode or conditioning, or a width that is no even multiple of the
+        heads.
     """
 
     depth: int
@@ -75,18 +78,24 @@ class DiTConfig:
     text_mode: str = "cross_attention"
     extent: tuple[int, int, int] | None = None
     n_codes: int | None = None
+    conditioning: str = "text"
 
     def __post_init__(self):
-        if self.text_mode not in TEXT_MODES:
-            raise ValueError(
-                f"text_mode={self.text_mode!r}: expected one of {', '.join(TEXT_MODES)}"
-            )
+        for name, known in (("text_mode", TEXT_MODES), ("conditioning", CONDITIONINGS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(known)}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width={self.width}: expected an even multiple of heads={self.heads}")
 
     @property
     def head_size(self) -> int:
         return self.width // self.heads
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that go in: of noisy latents, or of these, clean ones and which are known."""
+        return self.channels if self.conditioning == "text" else 2 * self.channels + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,18 +194,6 @@ class Attention(nnx.Module):
         return self.out(out_BNHK.reshape(x_BND.shape))
 
 
-class MLP(nnx.Module):
-    """Two dense layers with a GELU (tanh approximation) between."""
-
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, **dtypes: jnp.dtype | None):
-        common = {"rngs": rngs, **dtypes}
-        self.up = layers.Dense(width, hidden, axes=("embed", "mlp"), **common)
-        self.down = layers.Dense(hidden, width, axes=("mlp", "embed"), **common)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
-
-
 def modulate(x_BND: jax.Array, shift_BND: jax.Array, scale_BND: jax.Array) -> jax.Array:
     """Layer normalization with shift and scale given by the condition."""
     return shard_tokens(layers.layer_normalize(x_BND) * (1 + scale_BND) + shift_BND)
@@ -247,7 +244,7 @@ class Block(nnx.Module):
         self.cross_attention = (
             Attention(width, heads, zero_init=True, **attention) if cross_attention else None
         )
-        self.mlp = MLP(width, MLP_RATIO * width, **common)
+        self.mlp = layers.MLP(width, MLP_RATIO * width, **common)
         self.modulation = Modulation(width, 6, **common)
 
     def __call__(
@@ -283,9 +280,8 @@ class DiT(nnx.Module):
         c, width = config, config.width
         common = {"rngs": rngs, **execution.dtypes}
         normal = nnx.initializers.normal(0.02)
-        patch_channels = c.patch**2 * c.channels
         self.patch_embedding = layers.Dense(
-            patch_channels, width, axes=("latent", "embed"), **common
+            c.patch**2 * c.in_channels, width, axes=("latent", "embed"), **common
         )
         self.time_in = layers.Dense(
             TIME_FEATURES, width, axes=("frequency", "embed"), init=normal, **common
@@ -330,7 +326,7 @@ class DiT(nnx.Module):
         """Prediction (B, T, H, W, out_channels) float32.
 
         Args:
-          x_BTHWC: noisy latents; H and W multiples of the patch.
+          x_BTHWC: noisy latents, or what `in_channels` says; H and W multiples of the patch.
           time_B: noise level on the scale of DiT's steps, 0 (clean) to 1000.
           text_BSE: text features; the first `text_lengths_B` of each row are valid.
           drop_text_B: bool, examples that see the learned null text instead of theirs.
@@ -348,7 +344,7 @@ class DiT(nnx.Module):
         condition_BD = self._time(time_B) + self._pooled_text(text_BSE, text_lengths_B)
         condition_BD = constrain(condition_BD, "batch", None)
         text_BSD = constrain(self.text_in(text_BSE), "batch", None, None)
-        x_BND = self.patch_embedding(_to_patches(x_BTHWC.astype(dtype), p))
+        x_BND = self.patch_embedding(layers.to_patches(x_BTHWC.astype(dtype), p))
         n, width = x_BND.shape[1:]
         tokens = (t, h // p, w // p)
         positions_ND = layers.sinusoidal_positions(tokens, width, self.config.extent)
@@ -365,7 +361,7 @@ class DiT(nnx.Module):
         x_BND = x_BND[:, :n]
         shift_BND, scale_BND = self.final_modulation(condition_BD, n)
         out = self.final(modulate(x_BND, shift_BND, scale_BND))
-        return _from_patches(out, (t, h, w), p).astype(jnp.float32)
+        return layers.from_patches(out, (t, h, w), p).astype(jnp.float32)
 
     @property
     def to_logits(self) -> Callable[[jax.Array], jax.Array] | None:
@@ -395,17 +391,3 @@ class DiT(nnx.Module):
         total = jnp.sum(text_BSE * valid_BS[..., None], axis=1)
         mean = total / jnp.maximum(lengths_B, 1)[:, None].astype(total.dtype)
         return self.pooled_out(jax.nn.silu(self.pooled_in(mean)))
-
-
-def _to_patches(x_BTHWC: jax.Array, p: int) -> jax.Array:
-    """(B, T, H, W, C) -> (B, N, p * p * C), tokens in the order time, height, width."""
-    b, t, h, w, c = x_BTHWC.shape
-    x = x_BTHWC.reshape(b, t, h // p, p, w // p, p, c)
-    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t * (h // p) * (w // p), p * p * c)
-
-
-def _from_patches(x: jax.Array, grid: tuple[int, int, int], p: int) -> jax.Array:
-    """The inverse of `_to_patches`."""
-    t, h, w = grid
-    x = x.reshape(x.shape[0], t, h // p, w // p, p, p, -1)
-    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(x.shape[0], t, h, w, x.shape[-1])

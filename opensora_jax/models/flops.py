@@ -22,7 +22,7 @@ def dit_step_flops(
     d, e, p, s = dit.width, dit.text_width, dit.patch, text_length
     t, h, w = grid
     n = t * (h // p) * (w // p)
-    patches_in = n * p * p * dit.channels * d
+    patches_in = n * p * p * dit.in_channels * d
     time_in = TIME_FEATURES * d
     embeddings = d * d + s * e * d + e * d + d * d
     if dit.text_mode == "in_context":
@@ -56,4 +56,4 @@ def dit_parameters(dit: DiTConfig) -> int:
     final = dense(d, 2 * d) + dense(d, tokens * dit.out_channels)
     if dit.n_codes:
         final += dense(dit.out_channels, dit.n_codes)
-    return dense(tokens * dit.channels, d) + time + text + dit.depth * block + final
+    return dense(tokens * dit.in_channels, d) + time + text + dit.depth * block + final

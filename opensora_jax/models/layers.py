@@ -119,6 +119,18 @@ class Dense(nnx.Module):
         return add_bias(y.astype(wide), self.bias[...].astype(wide)).astype(self.dtype)
 
 
+class MLP(nnx.Module):
+    """Two dense layers with a GELU (tanh approximation) between."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, **dtypes: jnp.dtype | None):
+        common = {"rngs": rngs, **dtypes}
+        self.up = Dense(width, hidden, axes=("embed", "mlp"), **common)
+        self.down = Dense(hidden, width, axes=("mlp", "embed"), **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
 def rms_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """x over its root mean square on the last dimension, computed in float32."""
     x32 = x.astype(jnp.float32)
@@ -215,3 +227,17 @@ def apply_rotary(x_BNHK: jax.Array, angles_NK: jax.Array) -> jax.Array:
     a, b = jnp.split(rotated, 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return jnp.concatenate([rotated.astype(x_BNHK.dtype), rest], axis=1)
+
+
+def to_patches(x_BTHWC: jax.Array, p: int) -> jax.Array:
+    """(B, T, H, W, C) -> (B, N, p * p * C), tokens in the order time, height, width."""
+    b, t, h, w, c = x_BTHWC.shape
+    x = x_BTHWC.reshape(b, t, h // p, p, w // p, p, c)
+    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t * (h // p) * (w // p), p * p * c)
+
+
+def from_patches(x: jax.Array, grid: tuple[int, int, int], p: int) -> jax.Array:
+    """The inverse of `to_patches`."""
+    t, h, w = grid
+    x = x.reshape(x.shape[0], t, h // p, w // p, p, p, -1)
+    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(x.shape[0], t, h, w, x.shape[-1])

@@ -18,6 +18,8 @@ from opensora_jax.mesh import PyTree
 from opensora_jax.models.codebook import nearest_codes
 from opensora_jax.models.dit import PLAIN, DiT, DiTConfig, Execution
 from opensora_jax.models.fsq import FSQ
+from opensora_jax.tasks import frames
+from opensora_jax.tasks.frames import Known
 
 # Where validation measures the loss: losses look flat over training when levels are mixed.
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -207,7 +209,10 @@ class DiTTask:
         drop_B = jax.random.uniform(drop_key, (b,)) < self._caption_dropout
         level_B = self.objective.sample_levels(level_key, b)
         noise = self.noise(noise_key, batch["codes"].shape)
-        return self._loss(params, batch, level_B, noise, drop_B), (extra, {})
+        known_BT = None
+        if self.config.conditioning == "frames":
+            known_BT = frames.draw(jax.random.fold_in(key, 3), *batch["codes"].shape[:2])
+        return self._loss(params, batch, level_B, noise, drop_B, known_BT), (extra, {})
 
     def eval_step(
         self, params: PyTree, batch: dict[str, jax.Array], key: jax.Array, accumulate: int = 1
@@ -215,6 +220,7 @@ class DiTTask:
         """The training loss (ddpm: error plus bound) at each of `NOISE_LEVELS`, and their mean.
 
         The same whatever `accumulate`, the number of microbatches that are computed one by one.
+        No frames are known, so that models of either conditioning compare.
         """
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(batch["codes"])))
         parts = mesh_lib.microbatches({**batch, "key": keys_B}, accumulate)
@@ -233,17 +239,29 @@ class DiTTask:
         named = {f"validation_loss/t={t}": x for t, x in zip(NOISE_LEVELS, losses, strict=True)}
         return {**named, "validation_loss": jnp.mean(losses)}
 
-    def _loss(self, params, batch, level_B, noise, drop_B):
-        network = self._network(params, batch["text"], batch["text_length"], drop_B)
-        loss_B = self.objective.loss(network, self.latents, batch["codes"], noise, level_B)
+    def _loss(self, params, batch, level_B, noise, drop_B, known_BT=None):
+        codes = batch["codes"]
+        known = self._known(codes, known_BT)
+        network = self._network(params, batch["text"], batch["text_length"], drop_B, known)
+        unknown = None if known is None else known.unknown
+        loss_B = self.objective.loss(network, self.latents, codes, noise, level_B, unknown)
         return jnp.mean(loss_B)
 
-    def _network(self, params, text, text_length, drop_B) -> Network:
-        """The model for these texts."""
+    def _known(self, codes, known_BT) -> Known | None:
+        """Of these codes, by default none known; None for a model that knows text alone."""
+        if self.config.conditioning == "text":
+            return None
+        if known_BT is None:
+            known_BT = jnp.zeros(codes.shape[:2], bool)
+        return Known(self.latents.from_codes(codes), known_BT)
+
+    def _network(self, params, text, text_length, drop_B, known) -> Network:
+        """The model for these texts and frames."""
         model = self.model(params)
-        return Network(
+        network = Network(
             lambda x, time_B: model(x, time_B, text, text_length, drop_B), model.to_logits
         )
+        return network if known is None else known.condition(network)
 
     def noise(self, key: jax.Array, shape: Sequence[int]) -> jax.Array:
         """For codes of this shape, (..., numbers): what training adds and samples begin with."""
@@ -256,6 +274,7 @@ class DiTTask:
         text_length: jax.Array,
         noise: jax.Array,
         keys_B: jax.Array | None = None,
+        known: tuple[jax.Array, jax.Array] | None = None,
         *,
         sampling: Sampling,
     ) -> jax.Array:
@@ -263,12 +282,18 @@ class DiTTask:
 
         Args:
           keys_B: for samplers that draw more noise, for each example by its key.
+          known: codes (B, T, H, W), and of which frames (B, T) they are known: they stay. Only for
+            models of conditioning "frames".
         """
         b = len(text_length)
-        conditional = self._network(params, text, text_length, jnp.zeros(b, bool))
+        given = self._known(*(known or (jnp.zeros(noise.shape[:4], jnp.int32), None)))
+        conditional = self._network(params, text, text_length, jnp.zeros(b, bool), given)
         # In one batch, side by side: so both of an example are on one device.
         drop = jnp.tile(jnp.array([False, True]), b)
-        twice = self._network(params, *(x.repeat(2, axis=0) for x in (text, text_length)), drop)
+        text_2, length_2, given_2 = jax.tree.map(
+            lambda x: x.repeat(2, axis=0), (text, text_length, given)
+        )
+        twice = self._network(params, text_2, length_2, drop, given_2)
 
         def both(x, time_B):
             out = twice(x.repeat(2, axis=0), time_B.repeat(2))
@@ -282,8 +307,10 @@ class DiTTask:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
             return jax.vmap(lambda key: self.noise(key, noise.shape[1:4]))(keys)
 
-        return self.objective.sample(
+        codes = self.objective.sample(
             Network(guided, conditional.to_logits),
             *(self.latents, noise, sampling),
             None if keys_B is None else draw,
+            None if given is None else given.unknown,
         )
+        return codes if known is None else jnp.where(given.unknown, codes, known[0])

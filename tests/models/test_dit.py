@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from opensora_jax.models import dit
+from opensora_jax.models import layers
 from opensora_jax.models.dit import REMAT_POLICIES, TEXT_MODES, DiT, DiTConfig, Execution
 
 GRID, CHANNELS, TEXT_WIDTH = (2, 4, 6), 3, 8
@@ -67,11 +67,11 @@ def model(request):
 
 def test_patches_round_trip_in_the_order_time_height_width():
     x = jnp.arange(2 * 2 * 4 * 6 * 3).reshape(2, *GRID, 3)
-    patches = dit._to_patches(x, 2)
+    patches = layers.to_patches(x, 2)
     assert patches.shape == (2, 2 * 2 * 3, 2 * 2 * 3)
     # Token 4 of 2 x 3 a frame: first frame, second row, second column of patches.
     np.testing.assert_array_equal(patches[1, 4], x[1, 0, 2:4, 2:4].reshape(-1))
-    np.testing.assert_array_equal(dit._from_patches(patches, GRID, 2), x)
+    np.testing.assert_array_equal(layers.from_patches(patches, GRID, 2), x)
 
 
 @pytest.mark.parametrize("text_mode", TEXT_MODES)
