@@ -167,8 +167,8 @@ def get_config() -> ConfigDict:
     c.dit.components = FieldReference("auto", field_type=object)
     c.dit.patch = 2  # a token is 1 x patch x patch latents
     c.dit.text_mode = "cross_attention"  # or in_context: text tokens join the sequence
-    # What a sample is given: text, or frames: also latent frames that are known, so that the model
-    # animates images, goes on with videos and fills gaps (docs/frames.md). As good without any.
+    # What the model is told: text, or frames, which are text and latent frames that are known: then
+    # it also animates images, goes on with videos and fills gaps (docs/frames.md).
     c.dit.conditioning = "text"
     c.dit.text_length = 0  # tokens a caption is padded or cut to; 0: the longest in the data
     # Latent frames an example, or several lengths, (4, 8); 0: as many as 90% of the data have, in

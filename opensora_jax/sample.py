@@ -245,7 +245,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     seed_help = "of the noise; the same seed gives the same bytes"
     add("--seed", type=cli.number(int, 0, 2**32 - 1), default=1, help=seed_help)
-    add("--frames", type=cli.number(int, 1), help="frames of a video (default: as in training)")
+    add(
+        "--frames",
+        type=cli.number(int, 1),
+        help="frames of a video, with dit.conditioning=frames also more than in training (default: "
+        "as in training)",
+    )
     add("--init_video", help="a video of which frames are kept (dit.conditioning=frames)")
     add("--init_image", help="or an image, as a video in which nothing moves")
     add(

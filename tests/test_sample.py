@@ -38,12 +38,12 @@ DIT = {
 }
 
 
-def write_dit(workdir, config):
+def write_dit(workdir, config, **dit):
     """A DiT as the stage `dit` leaves it, `config` being what its checkpoint says of its own."""
     text_model = workdir / "text_model"
     make_small_text_model(text_model, ["a red circle"], width=16, depth=1, heads=1)
     description = {
-        "dit": DIT,
+        "dit": DIT | dit,
         "latent_grid": [2, 4, 4],
         "text_length": 8,
         "objective": "flow",

@@ -151,6 +151,13 @@ def test_unclear_videos_are_none(name):
     assert len(accepted) <= 1, accepted
 
 
+def test_color_and_shape_are_seen_of_what_stands_still():
+    still = moving_shapes.render(np.random.default_rng(0), "green", "square", "up", 8, 32)[:1]
+    still = still.repeat(8, axis=0)
+    assert detect(still) is None
+    assert shapes.look(still) == ("green", "square")
+
+
 def test_two_shapes_of_different_colors_are_none():
     rng = np.random.default_rng(0)
     first = moving_shapes.render(rng, "red", "circle", "right", 8, 64)

@@ -30,7 +30,7 @@ LAYOUTS = ["1x8x1x1", LAYOUT, "1x2x2x2"]
 MORE_LAYOUTS = ["8x1x1x1", "1x1x4x2", "1x1x1x4", "2x1x4x1", "4x2x1x1", "1x4x2x1"]
 
 
-def dit_task(text_mode="cross_attention", width=WIDTH):
+def dit_task(text_mode="cross_attention", width=WIDTH, conditioning="text"):
     codebook = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
     config = DiTConfig(
         depth=2,
@@ -41,6 +41,7 @@ def dit_task(text_mode="cross_attention", width=WIDTH):
         patch=2,
         text_width=10,
         text_mode=text_mode,
+        conditioning=conditioning,
     )
     latents = Latents.normalized(codebook, np.ones(16))
     return DiTTask(config, latents, RectifiedFlow(), caption_dropout=0.3)
@@ -48,6 +49,10 @@ def dit_task(text_mode="cross_attention", width=WIDTH):
 
 def in_context_task():
     return dit_task("in_context")
+
+
+def frames_task():
+    return dit_task(conditioning="frames")
 
 
 def vqvae_task(width=8):
@@ -164,6 +169,7 @@ def slow(*arguments):
         (dit_task, "adamw", LAYOUT),
         *[slow(dit_task, "adamw", layout) for layout in LAYOUTS + MORE_LAYOUTS if layout != LAYOUT],
         *[slow(in_context_task, "adamw", layout) for layout in LAYOUTS],
+        slow(frames_task, "adamw", LAYOUT),
         *[slow(dit_task, "muon", layout) for layout in LAYOUTS],
         *[slow(vqvae_task, "adamw", layout) for layout in ["8x1x1x1", *LAYOUTS]],
     ],
