@@ -309,11 +309,11 @@ class DiT(nnx.Module):
         self.final = layers.Dense(
             width, c.patch**2 * c.out_channels, axes=("embed", "latent"), init=_zeros, **common
         )
-        self.code_head = None
-        if c.n_codes:
-            self.code_head = layers.Dense(
-                c.out_channels, c.n_codes, axes=("latent", "code"), **common
-            )
+        self.code_head = (
+            layers.Dense(c.out_channels, c.n_codes, axes=("latent", "code"), **common)
+            if c.n_codes
+            else None
+        )
 
     def __call__(
         self,

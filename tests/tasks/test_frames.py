@@ -113,7 +113,7 @@ def test_noise_and_predictions_of_known_frames_do_not_count(objective):
     codes[:, 2] = (codes[:, 2] + 1) % 16
     assert abs(float(loss(codes, noise)) - base) > 1e-4
     other = np.where(known[:, :, None, None, None], noise, 0.1)
-    assert abs(float(loss(BATCH["codes"], other)) - base) > 1e-2
+    assert abs(float(loss(BATCH["codes"], other)) - base) > 1e-3
 
 
 def test_the_loss_is_the_mean_over_what_is_not_known():
