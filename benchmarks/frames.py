@@ -22,6 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in the place of this folder, which has a tokenizers.py
 
+from configs.quickstart import get_config  # noqa: E402
 from opensora_jax import mesh as mesh_lib  # noqa: E402
 from opensora_jax import runtime  # noqa: E402
 from opensora_jax.data import moving_shapes, video_io  # noqa: E402
@@ -99,7 +100,7 @@ def main() -> None:
     generator = Generator.load(args.workdir / "dit", mesh)
     how = {"params": generator.restore(args.workdir / "dit"), "batch_size": args.samples}
     how |= {"sampling": Sampling(30, args.guidance), "seed": 1}
-    paths, labels = shapes_stage.labelled_videos(quickstart, "held_out")
+    paths, labels = shapes_stage.labelled_videos(get_config(), quickstart, "held_out")
     paths, labels = paths[: args.samples], labels[: args.samples]
     real = np.stack([video_io.read_video(path) for path in paths])
     rngs = [np.random.default_rng([1, i]) for i in range(len(labels))]
