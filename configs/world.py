@@ -27,10 +27,11 @@ def get_config() -> ConfigDict:
     # Whole videos, so that the judge can tell what is left of them.
     c.vqvae.n_frames = 16
     c.vqvae.resolution = 64
-    c.vqvae.steps = 320
+    c.vqvae.n_codes = 2048
+    c.vqvae.steps = 400
     c.vqvae.ema_decay = 0.98
-    c.vqvae.eval_every = 160
-    c.vqvae.checkpoint_every = 80
+    c.vqvae.eval_every = 200
+    c.vqvae.checkpoint_every = 100
 
     c.preprocess.resolution = 64
     c.preprocess.batch_size = 16
