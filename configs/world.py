@@ -34,8 +34,8 @@ def get_config() -> ConfigDict:
     c.preprocess.batch_size = 16
 
     c.dit.batch_size = 8
-    c.dit.steps = 3600
-    c.dit.eval_every = 1200
+    c.dit.steps = 2000
+    c.dit.eval_every = 1000
     c.fidelity.batch_size = 24
 
     c.sample.guidance = 3.0
