@@ -7,7 +7,7 @@ Shape suffixes: B batch.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,14 @@ CODE_HEADS = ("auto", "joint", "factorized")
 
 # Numbers of each code that the last layer of a joint head makes the logits of all codes of.
 _FEATURES = 32
+
+
+class Evidence(NamedTuple):
+    """What the codes that are seen say of the clean ones by themselves: those on a path, and beta,
+    (B, T, H, W) each."""
+
+    x_t: jax.Array
+    beta: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,32 +62,68 @@ class _OnCodes:
         """Levels (steps + 1,) of samples, from the noise down to the data."""
         return flow.shift_times(jnp.linspace(1.0, 0.0, sampling.steps + 1), self.time_shift)
 
-    def _cross_entropy(self, network: Network, codes: Codes, out: jax.Array, x: jax.Array):
+    def _by_head(
+        self,
+        function: Callable[..., Any],
+        network: Network,
+        codes: Codes,
+        out: jax.Array,
+        arrays: Sequence[jax.Array],
+        evidence: Evidence | None,
+    ) -> list[Any]:
+        """function(logits, array) of each distribution, of which each array is one's."""
+        tables = [codes.table] if self._is_joint(codes) else codes.digits()
+        sizes = [len(table) for table in tables]
+        outs = [out] if self._is_joint(codes) else jnp.split(out, np.cumsum(sizes)[:-1], axis=-1)
+        seen = discrete.to_digits(evidence.x_t, sizes) if evidence else None
+
+        def of_positions(table, out, array, *evidence):
+            logits = network.to_logits(out) if network.to_logits else out
+            if evidence:
+                x_t, beta = evidence
+                logits -= beta[..., None] * discrete.distances(table, x_t)
+            return function(logits, array)
+
+        found = []
+        for i, table in enumerate(tables):
+            more = (seen[i], evidence.beta) if evidence else ()
+            of_head = functools.partial(of_positions, table)
+            found.append(discrete.in_parts(of_head, len(table), outs[i], arrays[i], *more))
+        return found
+
+    def _cross_entropy(
+        self,
+        network: Network,
+        codes: Codes,
+        out: jax.Array,
+        x: jax.Array,
+        evidence: Evidence | None = None,
+    ) -> jax.Array:
         """(B, T, H, W) of the codes x by the network's outputs."""
-        if self._is_joint(codes):
+        sizes = [len(codes.table)] if self._is_joint(codes) else codes.levels
+        digits = discrete.to_digits(x, sizes)
+        return sum(self._by_head(discrete.cross_entropy, network, codes, out, digits, evidence))
 
-            def joint(out, x):
-                return discrete.cross_entropy(network.to_logits(out), x)
-
-            return discrete.in_parts(joint, len(codes.table), out, x)
-        digits = discrete.to_digits(x, codes.levels)
-        logits = jnp.split(out, np.cumsum(codes.levels)[:-1], axis=-1)
-        return sum(map(discrete.cross_entropy, logits, digits))
-
-    def _draw(self, network: Network, codes: Codes, out: jax.Array, uniform: jax.Array, sampling):
+    def _draw(
+        self,
+        network: Network,
+        codes: Codes,
+        out: jax.Array,
+        uniform: jax.Array,
+        sampling: Sampling,
+        evidence: Evidence | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """Clean codes (B, T, H, W) by the network's outputs, and the logarithms of their
         probabilities; of numbers (..., digits) in [0, 1)."""
-        how = sampling.temperature, sampling.top_p
-        if self._is_joint(codes):
 
-            def joint(out, uniform):
-                return discrete.draw(network.to_logits(out), uniform, *how)
+        def draw(logits, uniform):
+            return discrete.draw(logits, uniform, sampling.temperature, sampling.top_p)
 
-            return discrete.in_parts(joint, len(codes.table), out, uniform[..., 0])
-        logits = jnp.split(out, np.cumsum(codes.levels)[:-1], axis=-1)
-        drawn = [discrete.draw(x, uniform[..., i], *how) for i, x in enumerate(logits)]
+        sizes = [len(codes.table)] if self._is_joint(codes) else codes.levels
+        uniforms = [uniform[..., i] for i in range(len(sizes))]
+        drawn = self._by_head(draw, network, codes, out, uniforms, evidence)
         digits, logs = zip(*drawn, strict=True)
-        return discrete.from_digits(digits, codes.levels), sum(logs)
+        return discrete.from_digits(digits, sizes), sum(logs)
 
     def noise(self, key, shape, codes):
         return jax.random.uniform(key, (*shape, len(codes.levels) or 1))
@@ -136,7 +180,9 @@ class Metric(_OnCodes):
     """From codes at random along softmax(-beta d(x, x_1)), d being the squared distance of
     embeddings, to the data x_1 (URSA, arXiv:2510.24717); beta = scale ((1 - level) / level)^power.
 
-    Samples jump from code to code, which may revise each as long as they are drawn.
+    The logits are the network's minus beta d(x_t, x_1), which is what x_t itself says of x_1 (but
+    for what depends on x_1 and the level alone): of each code the network has to learn only what
+    the others say. Samples jump from code to code, which may revise each as long as they are drawn.
     """
 
     name: ClassVar[str] = "metric"
@@ -158,7 +204,7 @@ class Metric(_OnCodes):
         beta = jnp.broadcast_to(self.beta(level_B)[:, None, None, None], x.shape)
         x_t = self._by_digit(codes, discrete.on_path, [x], [beta], noise)
         out = network(codes.from_codes(x_t), level_B * TIME_SCALE)
-        entropy = self._cross_entropy(network, codes, out, x)
+        entropy = self._cross_entropy(network, codes, out, x, Evidence(x_t, beta))
         return jnp.mean(entropy, axis=(1, 2, 3), where=unknown)
 
     def sample(self, network, codes, noise, sampling, draw=None, unknown=None):
@@ -170,7 +216,8 @@ class Metric(_OnCodes):
 
         def clean(x, i):
             out = network(codes.from_codes(x), jnp.full((len(x),), times[i] * TIME_SCALE))
-            return self._draw(network, codes, out, draw(2 * i), sampling)[0]
+            seen = Evidence(x, jnp.broadcast_to(betas[i], x.shape))
+            return self._draw(network, codes, out, draw(2 * i), sampling, seen)[0]
 
         def step(i, x):
             beta, increase = (

@@ -152,7 +152,7 @@ def objective(request):
     return kind(code_head=head)
 
 
-def knowing(latents, objective, x_1, sharpness=50.0):
+def knowing(latents, objective, x_1, sharpness=1e4):
     """The network that gives x_1 whatever it sees."""
     joint = objective.sizes(latents).n_codes
     if joint:
@@ -188,13 +188,31 @@ def test_what_the_network_does_not_know_costs_its_entropy(objective):
     latents = grid_latents()
     x_1 = jax.random.randint(jax.random.key(0), (2, 2, 4, 4), 0, 24)
     noise = objective.noise(jax.random.key(1), x_1.shape, latents)
-    level_B = jnp.array([0.3, 0.9])
+    level_B = jnp.array([1.0, 1.0])  # where nothing is seen
     flat = knowing(latents, objective, x_1, sharpness=0.0)
     np.testing.assert_allclose(
         objective.loss(flat, latents, x_1, noise, level_B), np.log(24), rtol=1e-5
     )
     sure = knowing(latents, objective, x_1)
     np.testing.assert_allclose(objective.loss(sure, latents, x_1, noise, level_B), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("code_head", ["joint", "factorized"])
+def test_what_is_seen_of_a_code_need_not_be_learned(code_head):
+    """A network that knows nothing: by either head the loss is that of softmax(-beta d)."""
+    latents, objective = grid_latents(), Metric(code_head=code_head)
+    x_1 = jnp.full((1, 1, 50, 50), 17)
+    noise = objective.noise(jax.random.key(1), x_1.shape, latents)
+    level = jnp.array([0.5])
+    flat = knowing(latents, objective, x_1, sharpness=0.0)
+    loss = objective.loss(flat, latents, x_1, noise, level)
+    beta = float(objective.beta(level)[0])
+    # exact(beta, x_1=x)[17] is what a seen x says of 17.
+    expected = -sum(
+        p * np.log(exact(beta, latents.table, x)[17])
+        for x, p in enumerate(exact(beta, latents.table, 17))
+    )
+    np.testing.assert_allclose(loss, expected, rtol=0.05)
 
 
 def test_the_network_sees_the_codes_of_the_path():
