@@ -1,4 +1,4 @@
-"""Packaging of opensora_jax: `pip install -e .` (extras: tpu, cuda, ray, tfds, scenes, test)."""
+"""Packaging of opensora_jax: `pip install -e .`, or with extras, as .[cuda,ray] has them."""
 
 from setuptools import find_packages, setup
 
@@ -44,11 +44,13 @@ setup(
         "ray": ["ray[data]"],  # preprocessing on many machines
         "tfds": ["tensorflow-datasets", "array_record"],  # without TensorFlow
         "scenes": ["scenedetect-headless>=0.7"],  # preprocessing that cuts at scene changes
+        "web": ["aiohttp"],  # https:// addresses of captions and videos
         "test": [
             "ray[data]",
             "tensorflow-datasets",
             "array_record",
             "scenedetect-headless>=0.7",
+            "aiohttp",
             "moto[server]",
             "s3fs",
             "pytest",

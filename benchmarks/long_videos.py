@@ -4,14 +4,17 @@
 
 Makes both videos, 64 x 48 at 24 frames a second (H.264), and preprocesses each in a process of its
 own, at 256 x 256 and 8 frames a second in windows of 8, with a small encoder of random weights.
+Also of the process that decodes it, whose peak is looked up five times a second (Linux).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -44,6 +47,17 @@ def make_video(path: Path, seconds: int) -> None:
         container.mux(stream.encode())
 
 
+def watch_decoder(is_over: threading.Event, peak: list[int]) -> None:
+    """Notes the most KiB that a process started by this one has held."""
+    while not is_over.wait(0.2):
+        for children in Path("/proc/self/task").glob("*/children"):
+            for pid in children.read_text().split():
+                with contextlib.suppress(OSError):
+                    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                        if line.startswith("VmHWM"):
+                            peak[0] = max(peak[0], int(line.split()[1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True)
@@ -57,10 +71,17 @@ def main() -> None:
         )
         models = {"vqvae": work / "vqvae", "text_model": work / "text"}
         sizes = {"resolution": RESOLUTION, "fps": FPS, "window": WINDOW}
-        preprocess(
-            work / f"{args.only}.json", work, work / f"dataset{args.only}", **models, **sizes
-        )
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        is_over, decoder = threading.Event(), [0]
+        watch = threading.Thread(target=watch_decoder, args=(is_over, decoder))
+        watch.start()
+        try:
+            preprocess(
+                work / f"{args.only}.json", work, work / f"dataset{args.only}", **models, **sizes
+            )
+        finally:
+            is_over.set()
+            watch.join()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, *decoder)
         return
     work.mkdir(parents=True, exist_ok=True)
     sizes = {"n_codes": 256, "embedding_dim": 8, "n_hiddens": 8, "n_res_layers": 0}
@@ -72,11 +93,13 @@ def main() -> None:
         make_video(work / f"{seconds}.mp4", seconds)
         words = [sys.executable, __file__, "--workdir", str(work), "--only", str(seconds)]
         done = subprocess.run(words, check=True, capture_output=True, text=True)
-        peaks.append(int(done.stdout.split()[-1]) / 1024)
+        peaks.append([int(kib) / 1024 for kib in done.stdout.split()[-2:]])
     window = WINDOW * RESOLUTION**2 * 3 / 2**20
-    print(f"| video | peak, MiB |\n| --- | ---: |\n| {SECONDS[0]} s | {peaks[0]:,.0f} |")
-    print(f"| {SECONDS[1]} s | {peaks[1]:,.0f} |")
-    print(f"{(peaks[1] - peaks[0]) / window:,.1f} windows of {window:.1f} MiB more")
+    print("| video | peak, MiB | of its decoder, MiB |\n| --- | ---: | ---: |")
+    for seconds, (own, decoder) in zip(SECONDS, peaks, strict=True):
+        print(f"| {seconds} s | {own:,.0f} | {decoder:,.0f} |")
+    more = sum(peaks[1]) - sum(peaks[0])
+    print(f"{more / window:,.1f} windows of {window:.1f} MiB more")
 
 
 if __name__ == "__main__":

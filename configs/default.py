@@ -150,6 +150,9 @@ def get_config() -> ConfigDict:
     # Of 256 bits of what a clip looks like, in how many it may differ from one of another video
     # before it, and be filtered for that; 0: duplicates stay.
     c.preprocess.near_duplicates = 0
+    # Seconds after which a video counts as failed, and its decoder, which may hang, is ended; 0: none.
+    # A film of two hours in 4K takes two and a half hours on one core; of short clips 60 is plenty.
+    c.preprocess.video_timeout = 21_600.0
     c.preprocess.strict = False  # one video that cannot be used ends it, instead of being left out
 
     # The DiT and its training.

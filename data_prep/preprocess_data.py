@@ -16,6 +16,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from opensora_jax import cli, files, runtime
+from opensora_jax.preprocessing.job import VIDEO_TIMEOUT
 from opensora_jax.stages.preprocess import preprocess
 
 
@@ -166,6 +167,13 @@ def main() -> None:
         help="end at the first entry or video that cannot be used, instead of leaving it out",
     )
     add(
+        "--video_timeout",
+        type=float,
+        default=VIDEO_TIMEOUT,
+        help="seconds after which a video counts as failed, as one whose decoder hangs; 0: none "
+        "(default: 21600, for whole films in 4K)",
+    )
+    add(
         "--engine",
         default="local",
         help="local: this machine; ray: all machines of a Ray cluster (docs/data.md)",
@@ -180,7 +188,7 @@ def main() -> None:
     if len(resolution) > 2:
         parser.error(f"--resolution {resolution}: expected one or two numbers")
     arguments["resolution"] = (resolution * 2)[:2]  # one number stands for both sides
-    for name in ("fps", "max_frames", "n_frames", "window", "tile"):
+    for name in ("fps", "max_frames", "n_frames", "window", "tile", "video_timeout"):
         arguments[name] = arguments[name] or None
     of_tfds = {n: arguments.pop(f"tfds_{n}") for n in ("split", "video", "text", "fps")}
     name, given = arguments.pop("tfds"), [arguments.pop("captions"), arguments.pop("videos")]

@@ -6,12 +6,15 @@ import json
 import logging
 import os
 import tempfile
+import urllib.parse
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from etils import epath
+
+from opensora_jax import web
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +136,7 @@ def append(path: epath.PathLike, data: bytes) -> None:
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is an object store's, as gs://bucket/folder is."""
+    """Whether a path is an object store's, as gs://bucket/folder is, or an address."""
     return "://" in str(epath.Path(path))
 
 
@@ -141,6 +144,12 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """From the root; an object store's path is so already, and `resolve` would break it."""
     path = epath.Path(path)
     return path if is_remote(path) else path.resolve()
+
+
+def inside(folder: epath.PathLike, name: str) -> epath.Path:
+    """The file of this name, of any characters, in a folder or below an address."""
+    folder = epath.Path(folder)
+    return folder / (urllib.parse.quote(name) if isinstance(folder, web.WebPath) else name)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ BASE = {
     "peers",
     "windows",
     "coordinator",
+    "web",
 }
 LIBRARY = {"models", "diffusion", "data", "convert", "metrics"}
 COMMANDS = {"main", "sample", "bench", "plan", "inspect_data"}
@@ -27,7 +28,8 @@ COMMANDS = {"main", "sample", "bench", "plan", "inspect_data"}
 ROOMS: dict[str, set[str]] = {
     "process": set(),
     "rngs": set(),
-    "files": set(),
+    "web": set(),
+    "files": {"web"},
     "hardware": set(),
     "mesh": set(),
     "peers": set(),

@@ -207,6 +207,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "strict": true_or_false,
         "split_scenes": true_or_false,
         "crop_bars": true_or_false,
+        "video_timeout": not_negative,
         "min_side": at_least(0),
         "min_motion": not_negative,
         "min_brightness": not_negative,

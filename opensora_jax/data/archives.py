@@ -38,7 +38,7 @@ def member(folder: epath.PathLike, name: str) -> Iterator[Path]:
     """
     parts = PurePosixPath(name).parts
     k = next((i for i, part in enumerate(parts[:-1]) if part.endswith(SUFFIX)), None)
-    path = epath.Path(folder).joinpath(*parts[: len(parts) if k is None else k + 1])
+    path = files.inside(folder, "/".join(parts[: len(parts) if k is None else k + 1]))
     with files.nearby(path) as near:
         if k is None or near.is_dir():
             yield near.joinpath(*parts[len(parts) if k is None else k + 1 :])

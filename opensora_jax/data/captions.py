@@ -12,6 +12,7 @@ A captions file is
 
 import operator
 import os
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,6 +21,7 @@ from etils import epath
 from opensora_jax import files
 from opensora_jax.data import caption_files
 from opensora_jax.data.caption_files import CaptionsError
+from opensora_jax.data.on_disk import Entries
 from opensora_jax.files import short
 
 __all__ = ["COLUMNS", "PROBLEM", "CaptionsError", "expect_a_video", "read_captions"]
@@ -31,7 +33,7 @@ PROBLEM = "problem"
 
 def read_captions(
     path: epath.PathLike, columns: tuple[str, str] = COLUMNS, *, strict: bool = True
-) -> list[dict[str, Any]]:
+) -> Entries:
     """Reads and checks captions.
 
     Args:
@@ -40,42 +42,46 @@ def read_captions(
         has no captions. A file that cannot be read at all is an error always.
 
     Returns:
-      The entries in the file's order: each a dict with `file` (str, relative, forward slashes),
-      `captions` (list of at least one str that is not blank) and whatever else the entry holds.
-      What is no character in a caption, as half of an emoji that was cut, is a question mark.
+      The entries in the file's order, of rows of a table where the first of a file is: each a dict
+      with `file` (str, relative, forward slashes), `captions` (list of at least one str that is not
+      blank) and whatever else the entry holds. What is no character in a caption, as half of an
+      emoji that was cut, is a question mark.
 
     Raises:
       CaptionsError: the file cannot be read, is no JSON, or an entry is not as described above: two
         entries for one video, a path that leaves the video folder, an empty or blank caption, ...
     """
     path = epath.Path(path)
-    entries, seen = [], {}
+    entries, n_usable, problem = Entries(), 0, ""
     for where, value in caption_files.read(path, columns):
         try:
             entry = _check(f"{path}: {where}", value)
-            file = entry["file"]
-            if file in seen:
+            place = entries.add(where, entry)
+            if place is None:
+                n_usable += 1
+            elif path.suffix in caption_files.TABLES:
+                entries.add_captions(entry["file"], entry["captions"])
+            else:
                 raise CaptionsError(
-                    f"{path}: {where}: file={short(file)} is already at {seen[file]}: "
+                    f"{path}: {where}: file={short(entry['file'])} is already at {place}: "
                     "expected one entry per video with all its captions"
                 )
-            seen[file] = where
         except CaptionsError as error:
             if strict:
                 raise
             file = value.get("file") if isinstance(value, dict) else None
-            problem = str(error).removeprefix(f"{path}: ")
+            found = str(error).removeprefix(f"{path}: ")
             name = file if isinstance(file, str) and file.strip() else where
-            entry = {"file": name, "captions": [], PROBLEM: problem}
-        entries.append(entry)
+            entries.add(where, {"file": name, "captions": [], PROBLEM: found}, is_usable=False)
+            problem = problem or found
     if not entries:
         raise CaptionsError(f"{path}: no entries: expected at least one video with captions")
-    if all(PROBLEM in entry for entry in entries):
-        raise CaptionsError(f"{path}: not one entry can be used: {entries[0][PROBLEM]}")
+    if not n_usable:
+        raise CaptionsError(f"{path}: not one entry can be used: {problem}")
     return entries
 
 
-def expect_a_video(entries: list[dict], folder: epath.PathLike) -> None:
+def expect_a_video(entries: Iterable[dict[str, Any]], folder: epath.PathLike) -> None:
     """Sees that a folder holds the video, or its archive, of at least one entry.
 
     Raises:
@@ -84,11 +90,14 @@ def expect_a_video(entries: list[dict], folder: epath.PathLike) -> None:
     is_there = os.path.isfile  # unlike epath, it takes any name for what it is
     if files.is_remote(folder):
         is_there = operator.methodcaller("exists")
-    usable = [entry["file"] for entry in entries if PROBLEM not in entry]
-    if not any(is_there(epath.Path(folder) / _on_disk(file)) for file in usable):
-        raise CaptionsError(
-            f"{folder}: none of the captions' videos is there, not {short(usable[0])}"
-        )
+    first = None
+    for entry in entries:
+        if PROBLEM in entry:
+            continue
+        if is_there(files.inside(folder, _on_disk(entry["file"]))):
+            return
+        first = first or entry["file"]
+    raise CaptionsError(f"{folder}: none of the captions' videos is there, not {short(first)}")
 
 
 def _on_disk(file: str) -> str:

@@ -1,9 +1,10 @@
-"""Decodes videos as they go into a dataset, by threads, a few ahead of whoever takes them.
+"""Decodes videos as they go into a dataset, by processes, a few ahead of whoever takes them.
 
 A video is never held whole: its frames come in windows, as they are encoded, and in the end what
 becomes of the clips that they belong to.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from opensora_jax import files
+from opensora_jax import files, web
 from opensora_jax.data import archives, shots, video_io
 from opensora_jax.data.captions import PROBLEM
 from opensora_jax.data.looks import FIGURES, Look, content
 from opensora_jax.data.video_window import Timeline
+from opensora_jax.data.workers import Ended, Workers
 from opensora_jax.windows import Windows
 
 
@@ -158,6 +160,8 @@ class Decoding:
             outcome = [Failed(name, error.reason)]
         except FileNotFoundError:  # of an object store
             outcome = [Failed(name, "no such file")]
+        except web.WebError as error:
+            outcome = [Failed(name, str(error))]
         except archives.ArchiveError as error:
             outcome = [Failed(name, str(error))]
         yield outcome
@@ -346,34 +350,45 @@ def decode_clips(
     decoding: Decoding,
     folder: epath.PathLike,
     entries: Iterable[dict[str, Any]],
-    n_ahead: int = 8,
+    timeout: float | None = None,
+    n_ahead: int = 2,
 ) -> Iterator[tuple[int, Window | Outcome]]:
-    """Yields, with the entry's number, what `decoding` gives of each, by threads.
+    """Yields, with the entry's number, what `decoding` gives of each, by processes.
 
     Those of one entry come in order, those of several mixed.
 
     Args:
-      n_ahead: videos that are begun although all threads are busy: each holds a window or two.
+      timeout: seconds of decoding after which a video counts as failed; None: there is no limit.
+      n_ahead: videos that are begun although all cores are busy: each holds a process, and a window
+        or two.
     """
     n_threads = min(16, os.cpu_count() or 1)
     most = n_threads + n_ahead
     todo = enumerate(entries)
     under_way: dict[Future, tuple[int, Iterator[Window | Outcome]]] = {}
     begun = 0
-    with ThreadPoolExecutor(n_threads) as pool:
+    function = functools.partial(decoding, folder)
+    with ThreadPoolExecutor(n_threads) as pool, Workers(function, timeout) as workers:
         while True:
             oldest = min((i for i, _ in under_way.values()), default=begun)
             n = min(most - len(under_way), oldest + _MOST_AHEAD - begun)
             for i, entry in itertools.islice(todo, n):
                 begun = i + 1
-                pieces = decoding(folder, entry)
-                under_way[pool.submit(next, pieces)] = i, pieces
+                pieces = decode_apart(workers, entry)
+                under_way[pool.submit(next, pieces, None)] = i, pieces
             if not under_way:
                 return
             ended, _ = wait(under_way, return_when=FIRST_COMPLETED)
             for future in ended:
                 i, pieces = under_way.pop(future)
-                piece = future.result()
-                if isinstance(piece, Window):
-                    under_way[pool.submit(next, pieces)] = i, pieces
-                yield i, piece
+                if (piece := future.result()) is not None:
+                    under_way[pool.submit(next, pieces, None)] = i, pieces
+                    yield i, piece
+
+
+def decode_apart(workers: Workers, entry: dict[str, Any]) -> Iterator[Window | Outcome]:
+    """What a process gives of an entry; the outcome is that it failed if it hung or crashed."""
+    try:
+        yield from workers(entry)
+    except Ended as error:
+        yield [Failed(entry["file"], error.reason)]

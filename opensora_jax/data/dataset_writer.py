@@ -13,6 +13,7 @@ from etils import epath
 
 from opensora_jax import files
 from opensora_jax.data import arrow, dataset, index, parts
+from opensora_jax.data.on_disk import Numbers
 from opensora_jax.data.part_counts import Counts, Total, count_part
 from opensora_jax.data.parts import (
     ARROW_FILE,
@@ -35,7 +36,7 @@ def write_part(
     n_codes: int,
     record: dict,
     *,
-    texts: dict[str, int] | None = None,
+    texts: Numbers | None = None,
     flat: bool = False,
 ) -> None:
     """Writes one part; an interruption leaves either the whole part or none.
@@ -43,9 +44,10 @@ def write_part(
     Args:
       number: of the part; parts are read in order of their numbers, from 0 on.
       rows: dicts of video_file, caption (str), fps (float), video_latent_states ((T, H, W) integers
-        in [0, n_codes)) and text_latent_states ((S, D) float); of clips of videos all have start,
-        too, in seconds. Rows of one clip have the same array of codes; the same caption has the
-        same features. May be empty: then only the record is written.
+        in [0, n_codes)) and text_latent_states ((S, D) float; of a caption that earlier parts hold
+        it is not looked at); of clips of videos all have start, too, in seconds. Rows of one clip
+        have the same array of codes; the same caption has the same features. May be empty: then
+        only the record is written.
       n_codes: size of the codebook; codes are stored in the smallest type that holds it.
       record: what else is to be remembered of this part, as JSON.
       texts: the numbers of the captions that earlier parts hold, to which this part's are added;
@@ -220,9 +222,9 @@ def _save(tables: dict[str, pa.Table], folder: Path) -> dict[str, str]:
     return sums
 
 
-def known_texts(folder: str | os.PathLike, n_parts: int) -> dict[str, int]:
+def known_texts(folder: str | os.PathLike, n_parts: int) -> Numbers:
     """The captions in the first parts, with their numbers."""
-    found: dict[str, int] = {}
+    found = Numbers()
     for k in range(n_parts):
         record = read_json(_record(Path(folder), k))
         if record.get("texts") and not record.get("flat"):

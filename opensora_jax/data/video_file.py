@@ -76,6 +76,10 @@ def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
         raise VideoError(path, f"cannot be read as a video: {error.strerror}") from error
     except IndexError as error:  # PyAV, where a damaged file starts a new stream half-way
         raise VideoError(path, "damaged: the number of streams changes") from error
+    except VideoError:
+        raise
+    except (ValueError, ArithmeticError, MemoryError) as error:  # of sizes and rates out of bounds
+        raise VideoError(path, f"damaged: {type(error).__name__}: {short(str(error))}") from error
 
 
 def packets(path: Path, container, stream) -> Iterator[av.Packet]:
@@ -141,7 +145,10 @@ def _check_name(path):
     except OSError as error:  # a name longer than any file's, for one
         raise VideoError(short(str(path)), error.strerror) from None
     if not is_file:
-        raise VideoError(path, "no such file")
+        is_there = path.exists()
+        raise VideoError(path, "not a regular file" if is_there else "no such file")
+    if not path.stat().st_size:
+        raise VideoError(path, "empty: 0 bytes")
     if path.suffix.lower() not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
         expected = " ".join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)
         raise VideoError(path, f"suffix {path.suffix!r}: expected one of {expected}")

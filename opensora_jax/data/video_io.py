@@ -7,6 +7,7 @@ options (crf) to the encoder, and takes a quarter of a second to close a file.
 
 import contextlib
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TypeVar
 import av
 import imageio.v3 as iio
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from opensora_jax.data import video_file
@@ -57,7 +59,7 @@ def check_fps(fps: float) -> None:
 class VideoInfo:
     n_frames: int
     fps: float
-    height: int  # as shown: after rotation, in square pixels
+    height: int  # as shown: after turns, in square pixels
     width: int
 
 
@@ -81,7 +83,8 @@ def probe(path: str | os.PathLike) -> VideoInfo:
         frame = next(video_file.decode(path, container, stream), None)
         if frame is None:
             raise VideoError(path, "no frames")
-        height, width = _shown_size(frame, video_file.pixel_aspect(path, stream))
+        _, turns = _orientation(frame)
+        height, width = _shown_size(frame, video_file.pixel_aspect(path, stream), turns)
         return VideoInfo(len(pts), fps, height, width)
 
 
@@ -297,10 +300,22 @@ def resample(
         k += 1
 
 
-def _shown_size(frame, aspect):
+def _orientation(frame):
+    """(whether it is mirrored, left to right; quarter turns counterclockwise that follow)."""
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return False, 0
+    # A pixel at (x, y), y downwards, is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(matrix, np.int32, 5).tolist()
+    is_mirrored = a * d < b * c
+    angle = math.atan2(-b, -a) if is_mirrored else math.atan2(b, a)  # clockwise
+    return is_mirrored, round(-angle / (math.pi / 2)) % 4
+
+
+def _shown_size(frame, aspect, turns):
     """(height, width) in square pixels, `aspect` being a pixel's width over its height."""
     width = max(1, round(frame.width * aspect))
-    return (width, frame.height) if frame.rotation % 180 else (frame.height, width)
+    return (width, frame.height) if turns % 2 else (frame.height, width)
 
 
 def to_image(
@@ -310,17 +325,19 @@ def to_image(
     size: tuple[int, int] | None,
     box: Box | None = None,
 ) -> np.ndarray:
-    """Converts to RGB, rotates as the file says, resizes to cover `size`, crops the centre.
+    """Converts to RGB, turns and mirrors as the file says, resizes to cover `size`, crops the
+    centre.
 
     Args:
       box: the part of the frame, as it is shown, that is to cover `size`; None: all of it.
     """
-    height, width = _shown_size(frame, aspect)
+    is_mirrored, turns = _orientation(frame)
+    height, width = _shown_size(frame, aspect, turns)
     out_height, out_width = size or (height, width)
     top, bottom, left, right = box or (0, 1, 0, 1)
     scale = max(out_height / (height * (bottom - top)), out_width / (width * (right - left)))
     covered = (max(out_height, round(height * scale)), max(out_width, round(width * scale)))
-    to_height, to_width = covered[::-1] if frame.rotation % 180 else covered
+    to_height, to_width = covered[::-1] if turns % 2 else covered
     is_hd = frame.colorspace == _UNSPECIFIED_MATRIX and frame.height >= _HD_LINES
     # swscale widens the bicubic kernel when it shrinks: no aliasing.
     image = reformatter.reformat(
@@ -332,7 +349,7 @@ def to_image(
         interpolation=Interpolation.BICUBIC,
         threads=1,
     ).to_ndarray()
-    image = np.rot90(image, round(frame.rotation / 90) % 4)
+    image = np.rot90(image[:, ::-1] if is_mirrored else image, turns)
     first_row = _first(covered[0], out_height, top + bottom)
     first_column = _first(covered[1], out_width, left + right)
     return image[first_row : first_row + out_height, first_column : first_column + out_width]

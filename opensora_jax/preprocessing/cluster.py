@@ -13,6 +13,7 @@ same, and an interrupted run goes on with what is not noted.
 
 import atexit
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -31,10 +32,11 @@ from tqdm import tqdm
 
 from opensora_jax import files, process, runtime
 from opensora_jax.data import dataset_writer, part_counts
+from opensora_jax.data.on_disk import Numbers
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.preprocessing.cluster_tasks import MOST_TASKS, on_accelerators
 from opensora_jax.preprocessing.cluster_videos import encode_videos
-from opensora_jax.preprocessing.job import Job, Made, PreprocessError
+from opensora_jax.preprocessing.job import Chunks, Job, Made, PreprocessError
 
 _TEXTS_PER_PART = 1024
 _BLOCK_BYTES = 2**25  # of decoded windows, which go from one machine to another
@@ -131,50 +133,55 @@ def _make(job: Job) -> Made:
     # Of a run that was killed in the end there are other files of JSON, too.
     noted = (path for kind in ("part", "texts") for path in job.output.glob(f"{kind}-*.json"))
     done = {path.stem: files.read_json(path) for path in noted}
-    size = job.settings["videos_per_part"]
-    groups = [job.entries[start : start + size] for start in range(0, len(job.entries), size)]
-    numbers: dict[str, int] = {}
+    numbers = Numbers()
     for entry in job.entries:
         for caption in entry["captions"]:
-            numbers.setdefault(caption, len(numbers))
-    videos = {f"part-{g:05d}": group for g, group in enumerate(groups)}
-    captions = list(numbers)
-    starts = range(0, len(captions), _TEXTS_PER_PART)
-    texts = {
-        f"texts-{j:05d}": captions[start : start + _TEXTS_PER_PART]
-        for j, start in enumerate(starts)
-    }
-
-    def missing(named: dict[str, list]) -> dict[str, list]:
-        return {name: value for name, value in named.items() if name not in done}
+            if caption not in numbers:
+                numbers[caption] = len(numbers)
+    videos = Chunks("part", len(job.entries), job.settings["videos_per_part"])
+    texts = Chunks("texts", len(numbers), _TEXTS_PER_PART)
 
     def note(name: str, record: dict[str, Any]) -> None:
         files.write_json(job.output / f"{name}.json", record)
         done[name] = record
 
-    with tqdm(total=len(job.entries), unit="video") as bar:
-        bar.update(len(job.entries) - sum(map(len, missing(videos).values())))
+    def missing(chunks: Chunks) -> list[int]:
+        return [k for k in range(len(chunks)) if chunks.name(k) not in done]
+
+    def progress(chunks: Chunks, unit: str) -> tqdm:
+        left = sum(len(chunks.range(k)) for k in missing(chunks))
+        return tqdm(total=chunks.n, initial=chunks.n - left, unit=unit)
+
+    with progress(videos, "video") as bar:
         encode_videos(job, videos, numbers, dict(done), note, bar)
-    if not any(done[name]["kept"] for name in videos):
-        return Made([done[name] for name in videos], parts=[])
-    with tqdm(total=len(numbers), unit="caption") as bar:
-        bar.update(len(numbers) - sum(map(len, missing(texts).values())))
-        _encode_texts(job, missing(texts), note, bar)
-    records = [done[name] for name in videos]
+    records = [done[videos.name(k)] for k in range(len(videos))]
+    if not any(record["kept"] for record in records):
+        return Made(records, parts=[])
+    with progress(texts, "caption") as bar:
+        _encode_texts(job, texts, missing(texts), numbers, note, bar)
     made = [part for record in records for part in record["parts"]]
-    made += [done[name] for name in texts]
+    made += [done[texts.name(k)] for k in range(len(texts))]
     return Made(records, made, _counts(job, made))
 
 
 def _encode_texts(
-    job: Job, chunks: dict[str, list[str]], note: Callable[[str, dict], None], bar: tqdm
+    job: Job,
+    chunks: Chunks,
+    missing: list[int],
+    numbers: Numbers,
+    note: Callable[[str, dict], None],
+    bar: tqdm,
 ) -> None:
-    """Writes parts of these captions by name, and notes them."""
-    if not chunks:
+    """Writes the parts of these chunks of captions, and notes them."""
+    if not missing:
         return
-    blocks = [pa.table({"name": [name], "captions": [texts]}) for name, texts in chunks.items()]
+    captions, wanted, blocks = _distinct(job, numbers), set(missing), []
+    for k in range(len(chunks)):
+        texts = list(itertools.islice(captions, chunks.size))
+        if k in wanted:
+            blocks.append(ray.put(pa.table({"name": [chunks.name(k)], "captions": [texts]})))
     found = (
-        ray.data.from_arrow(blocks)
+        ray.data.from_arrow_refs(blocks)
         .map_batches(
             _TextActor,
             batch_size=1,
@@ -188,6 +195,16 @@ def _encode_texts(
         for row in batch.to_pylist():
             note(row["name"], row["part"])
             bar.update(row["part"]["texts"])
+
+
+def _distinct(job: Job, numbers: Numbers) -> Iterator[str]:
+    """The captions in the order of their numbers, which is that of their first uses."""
+    n = 0
+    for entry in job.entries:
+        for caption in entry["captions"]:
+            if numbers[caption] == n:
+                yield caption
+                n += 1
 
 
 class _TextActor:

@@ -1,6 +1,7 @@
 """Videos on a Ray cluster: tasks decode them, actors encode windows of them, tasks write parts."""
 
 import dataclasses
+import functools
 import json
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -15,57 +16,56 @@ from tqdm import tqdm
 from opensora_jax import runtime
 from opensora_jax.data import dataset_writer, parts
 from opensora_jax.data.captions import PROBLEM
-from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, Outcome, Window
+from opensora_jax.data.clips import (
+    Clip,
+    Decoding,
+    Failed,
+    Filtered,
+    Outcome,
+    Window,
+    decode_apart,
+)
+from opensora_jax.data.on_disk import Numbers
+from opensora_jax.data.workers import Workers
 from opensora_jax.inference.tokenizer import WindowEncoder, load_tokenizer
 from opensora_jax.preprocessing.cluster_tasks import Tasks, on_accelerators
 from opensora_jax.preprocessing.duplicates import Duplicates
-from opensora_jax.preprocessing.job import PART_BYTES, Job, expect_none_failed, record_of
+from opensora_jax.preprocessing.job import PART_BYTES, Chunks, Job, expect_none_failed, record_of
 
 
 def encode_videos(
     job: Job,
-    groups: dict[str, list[dict]],
-    numbers: dict[str, int],
+    chunks: Chunks,
+    numbers: Numbers,
     noted: dict[str, dict[str, Any]],
     note: Callable[[str, dict], None],
     bar: tqdm,
 ) -> None:
-    """Writes parts of groups of entries, by name, and notes them, but for those that are noted.
+    """Writes the parts of these chunks of entries, and notes them, but for those that are noted.
 
     Args:
       numbers: of captions.
     """
-    entries = [
-        (name, entry) for name, group in groups.items() if name not in noted for entry in group
-    ]
-    if not entries:
+    missing = [k for k in range(len(chunks)) if chunks.name(k) not in noted]
+    if not missing:
         return
     n_cpus = int(ray.cluster_resources().get("CPU", 1))
-    a_task = max(1, min(job.settings["videos_per_part"], len(entries) // (4 * n_cpus)))
-    # Not as strings: a file name need not be text.
-    keys = ("file", PROBLEM)
-    named = [
-        json.dumps({key: entry[key] for key in keys if key in entry}).encode()
-        for _, entry in entries
-    ]
-    blocks = [
-        pa.table(
-            {
-                "entry": pa.array(range(start, min(start + a_task, len(named))), pa.int64()),
-                "named": pa.array(named[start : start + a_task], pa.binary()),
-            }
-        )
-        for start in range(0, len(named), a_task)
-    ]
+    n_videos = sum(len(chunks.range(k)) for k in missing)
+    a_task = max(1, min(chunks.size, n_videos // (4 * n_cpus)))
+    ranges = (
+        chunks.range(k)[start : start + a_task]
+        for k in missing
+        for start in range(0, len(chunks.range(k)), a_task)
+    )
     found = (
-        ray.data.from_arrow(blocks)
+        ray.data.from_arrow_refs([ray.put(_named(job, some)) for some in ranges])
         .map_batches(
             _decode,
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=1,
             concurrency=n_cpus,  # without a number it would run inside of what follows
-            fn_args=(job.decoding, str(job.videos)),
+            fn_args=(job.decoding, str(job.videos), job.video_timeout),
         )
         .map_batches(
             _WindowActor,
@@ -79,7 +79,7 @@ def encode_videos(
         )
         .iter_batches(batch_size=None, batch_format="pyarrow")
     )
-    writer = _Writer(job, groups, numbers, noted, note)
+    writer = _Writer(job, chunks, numbers, noted, note)
     windows: dict[int, dict[tuple[int, int], np.ndarray]] = defaultdict(dict)
     outcomes: dict[int, Outcome] = {}
     over: set[int] = set()
@@ -97,12 +97,22 @@ def encode_videos(
                 continue
             over.add(i)
             del windows[i]
-            name, entry = entries[i]
             outcome = outcomes.pop(i)
             expect_none_failed(job, outcome)
-            writer.add(name, i, (entry, outcome, codes))
+            writer.add(i, (job.entries[i], outcome, codes))
             bar.update()
     writer.finish()
+
+
+def _named(job: Job, numbers: range) -> pa.Table:
+    """Of these entries what is needed to decode them."""
+    # Not as strings: a file name need not be text.
+    named = [
+        json.dumps({key: entry[key] for key in ("file", PROBLEM) if key in entry}).encode()
+        for entry in job.entries.between(numbers.start, numbers.stop)
+    ]
+    columns = {"entry": pa.array(numbers, pa.int64()), "named": pa.array(named, pa.binary())}
+    return pa.table(columns)
 
 
 def _codes(
@@ -127,51 +137,56 @@ _Encoded = tuple[dict[str, Any], Outcome, list[np.ndarray | None]]
 
 
 class _Writer:
-    """Has groups of entries written when they are complete; where clips are compared with those
+    """Has chunks of entries written when they are complete; where clips are compared with those
     before them, one after the other."""
 
     def __init__(
         self,
         job: Job,
-        groups: dict[str, list[dict]],
-        numbers: dict[str, int],
+        chunks: Chunks,
+        numbers: Numbers,
         noted: dict[str, dict[str, Any]],
         note: Callable[[str, dict], None],
     ):
-        self._job, self._groups, self._numbers = job, groups, numbers
+        self._job, self._chunks, self._numbers = job, chunks, numbers
         self._tasks, self._noted = Tasks(note), noted
         self._task = ray.remote(num_cpus=0, max_retries=-1, scheduling_strategy="SPREAD")(
             _write_videos
         )
-        self._begun: dict[str, dict[int, _Encoded]] = defaultdict(dict)
-        self._complete: dict[str, list[_Encoded]] = {}
+        self._begun: dict[int, dict[int, _Encoded]] = defaultdict(dict)
+        self._complete: dict[int, list[_Encoded]] = {}
         most_bits = job.settings.get("near_duplicates", 0)
         self._duplicates, self._in_order = Duplicates(most_bits), bool(most_bits)
-        self._turns = deque(groups)
+        self._turns = deque(range(len(chunks)))
 
-    def add(self, name: str, i: int, encoded: _Encoded) -> None:
-        """Takes the i-th of all entries, of the group of this name."""
-        self._begun[name][i] = encoded
-        if len(self._begun[name]) < len(self._groups[name]):
+    def add(self, i: int, encoded: _Encoded) -> None:
+        """Takes the i-th of all entries."""
+        k = i // self._chunks.size
+        self._begun[k][i] = encoded
+        if len(self._begun[k]) < len(self._chunks.range(k)):
             return
-        group = [one for _, one in sorted(self._begun.pop(name).items())]
+        chunk = [one for _, one in sorted(self._begun.pop(k).items())]
         if not self._in_order:
-            self._write(name, group)
+            self._write(self._chunks.name(k), chunk)
             return
-        self._complete[name] = group
-        while self._turns and (self._turns[0] in self._noted or self._turns[0] in self._complete):
-            name = self._turns.popleft()
+        self._complete[k] = chunk
+        while self._turns:
+            k = self._turns[0]
+            name = self._chunks.name(k)
             if name in self._noted:
                 self._duplicates.recall(self._noted[name])
+            elif k in self._complete:
+                self._write(name, self._complete.pop(k))
             else:
-                self._write(name, self._complete.pop(name))
+                return
+            self._turns.popleft()
 
     def finish(self) -> None:
         self._tasks.finish()
 
-    def _write(self, name: str, group: list[_Encoded]) -> None:
+    def _write(self, name: str, chunk: list[_Encoded]) -> None:
         outcomes, videos = [], []
-        for entry, outcome, codes in group:
+        for entry, outcome, codes in chunk:
             outcome = self._duplicates.without(entry["file"], outcome)
             outcomes.append(outcome)
             texts = [self._numbers[caption] for caption in entry["captions"]]
@@ -180,19 +195,28 @@ class _Writer:
                     video = {"video_file": entry["file"], "fps": clip.fps, "texts": texts}
                     video |= {"start": clip.start} if self._job.cuts else {}
                     videos.append(video | {parts.CODES: codes_k.reshape(-1, *self._job.grid)})
-        record = record_of(outcomes, [entry["file"] for entry, _, _ in group])
+        record = record_of(outcomes, [entry["file"] for entry, _, _ in chunk])
         n_codes = len(self._job.model.codebook)
         self._tasks.add(
             name, self._task.remote(str(self._job.output), name, record, videos, n_codes)
         )
 
 
-def _decode(table: pa.Table, decoding: Decoding, folder: str) -> Iterator[pa.Table]:
+@functools.cache
+def _workers(decoding: Decoding, folder: str, timeout: float | None) -> Workers:
+    """Of this process, as long as it lives."""
+    return Workers(functools.partial(decoding, folder), timeout)
+
+
+def _decode(
+    table: pa.Table, decoding: Decoding, folder: str, timeout: float | None
+) -> Iterator[pa.Table]:
     """Entries -> windows of their frames, as bytes, and last what became of their clips."""
+    workers = _workers(decoding, folder, timeout)
     columns = (table.column(key).to_pylist() for key in ("entry", "named"))
     for i, named in zip(*columns, strict=True):
         n_windows: dict[int, int] = Counter()
-        for piece in decoding(folder, json.loads(named)):
+        for piece in decode_apart(workers, json.loads(named)):
             if isinstance(piece, Window):
                 n, height = piece.frames_THWC.shape[:2]
                 yield _rows(
@@ -261,7 +285,7 @@ class _WindowActor:
 def _write_videos(
     output: str, name: str, record: dict[str, Any], videos: list[dict], n_codes: int
 ) -> dict[str, Any]:
-    """Writes parts of a group; returns what is to be noted: the record, and which parts."""
+    """Writes parts of a chunk; returns what is to be noted: the record, and which parts."""
     itemsize = dataset_writer.code_dtype(n_codes).itemsize
     written, some, size = [], [], 0
     for video in videos:

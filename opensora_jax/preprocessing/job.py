@@ -10,6 +10,7 @@ from etils import epath
 from opensora_jax import files
 from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, LeftOut, Outcome
 from opensora_jax.data.looks import FIGURES
+from opensora_jax.data.on_disk import Entries
 from opensora_jax.data.part_counts import Counts
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.models.tokenizer import Tokenizer
@@ -18,6 +19,8 @@ from opensora_jax.windows import Windows
 # Codes of a part, in bytes: it is read whole when it is first used.
 PART_BYTES = 2**26
 
+# Seconds of decoding: a film of two hours in 4K takes two and a half hours on one core.
+VIDEO_TIMEOUT = 21_600.0
 
 # Of settings, those that say what of a video is kept: fields of `Decoding`, all off at 0.
 CURATION = (
@@ -42,9 +45,10 @@ class Job:
     windows: how videos are cut in time.
     batch_size: windows encoded at a time.
     strict: whether one video that cannot be read ends it.
+    video_timeout: seconds of decoding after which a video counts as failed; None: no limit.
     """
 
-    entries: list[dict[str, Any]]
+    entries: Entries
     videos: epath.Path
     output: epath.Path
     vqvae: str
@@ -55,6 +59,7 @@ class Job:
     windows: Windows
     batch_size: int
     strict: bool = False
+    video_timeout: float | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -73,6 +78,24 @@ class Job:
         keys = ("fps", "max_frames", "n_frames", *CURATION)
         sizes = {key: self.settings[key] for key in keys if key in self.settings}
         return Decoding(tuple(self.settings["resolution"]), **sizes, windows=self.windows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Numbers from 0 to n, in chunks of one size, which have names."""
+
+    kind: str
+    n: int
+    size: int
+
+    def __len__(self) -> int:
+        return -(-self.n // self.size)
+
+    def name(self, k: int) -> str:
+        return f"{self.kind}-{k:05d}"
+
+    def range(self, k: int) -> range:
+        return range(k * self.size, min((k + 1) * self.size, self.n))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The engine of one machine: decodes, encodes and writes part by part, in order."""
 
+import contextlib
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,22 +23,22 @@ def encode(job: jobs.Job) -> jobs.Made:
     records = dataset_writer.read_records(output)
     videos_per_part = settings["videos_per_part"]
     done = sum(map(jobs.n_entries, records))
-    entries, todo = job.entries, job.entries[done:]
+    n_entries = len(job.entries)
     known = dataset_writer.known_texts(output, len(records))
     n_codes = len(job.model.codebook)
     code_bytes = dataset_writer.code_dtype(n_codes).itemsize
-    features = _CaptionFeatures(job.text_encoder.encode, todo)
     duplicates = Duplicates(settings.get("near_duplicates", 0))
     for record in records:
         duplicates.recall(record)
-    with tqdm(total=len(entries), initial=len(entries) - len(todo), unit="video") as bar:
-        encoded = zip(todo, _encoded(job, todo), strict=True)
-        while done < len(entries):
-            part, outcomes, rows, size = [], [], [], 0
-            for entry, (outcome, codes) in itertools.islice(encoded, videos_per_part):
-                jobs.expect_none_failed(job, outcome)
+    all_encoded = _encoded(job, job.entries.between(done, n_entries))
+    bar = tqdm(total=n_entries, initial=done, unit="video")
+    with bar, contextlib.closing(all_encoded):
+        pairs = zip(job.entries.between(done, n_entries), all_encoded, strict=True)
+        while done < n_entries:
+            names, outcomes, rows, size = [], [], [], 0
+            for entry, (outcome, codes) in itertools.islice(pairs, videos_per_part):
                 outcome = duplicates.without(entry["file"], outcome)
-                part.append(entry)
+                names.append(entry["file"])
                 outcomes.append(outcome)
                 for clip, codes_thw in zip(outcome, codes, strict=True):
                     if isinstance(clip, Clip):
@@ -50,12 +50,13 @@ def encode(job: jobs.Job) -> jobs.Made:
                 bar.update()
                 if size >= jobs.PART_BYTES:
                     break
-            done += len(part)
-            text_features = features.compute([row["caption"] for row in rows])
-            for row, text_SD in zip(rows, text_features, strict=True):
-                row[parts.TEXT] = text_SD
-            features.forget([caption for entry in part for caption in entry["captions"]])
-            record = jobs.record_of(outcomes, [entry["file"] for entry in part])
+            done += len(names)
+            # Of texts that earlier parts hold nothing is written, unless each row has them all.
+            new = list(dict.fromkeys(t for row in rows if (t := row["caption"]) not in known))
+            features = dict(zip(new, job.text_encoder.encode(new), strict=True))
+            for row in rows:
+                row[parts.TEXT] = features.get(row["caption"])
+            record = jobs.record_of(outcomes, names)
             dataset_writer.write_part(
                 *(output, len(records), rows, n_codes, record),
                 texts=known,
@@ -66,7 +67,7 @@ def encode(job: jobs.Job) -> jobs.Made:
 
 
 def _encoded(
-    job: jobs.Job, entries: list[dict[str, Any]]
+    job: jobs.Job, entries: Iterable[dict[str, Any]]
 ) -> Iterator[tuple[Outcome, list[np.ndarray | None]]]:
     """Yields of each entry, in order, what became of its clips, and the codes of those kept.
 
@@ -77,6 +78,7 @@ def _encoded(
     turn = 0
     for i, piece in _pieces(job, entries):
         if isinstance(piece, list):
+            jobs.expect_none_failed(job, piece)  # at once: the others may take long
             outcomes[i] = piece
         elif i >= turn:  # else of one that is over, as it failed
             clip, codes_thw = piece
@@ -94,12 +96,13 @@ def _encoded(
 
 
 def _pieces(
-    job: jobs.Job, entries: list[dict[str, Any]]
+    job: jobs.Job, entries: Iterable[dict[str, Any]]
 ) -> Iterator[tuple[int, Outcome | tuple[int, np.ndarray]]]:
     """Yields, with its entry's number, what became of its clips, and (clip, codes) of a window."""
-    with ThreadPoolExecutor(1) as pool:
+    decoded = decode_clips(job.decoding, job.videos, entries, job.video_timeout)
+    with contextlib.closing(decoded), ThreadPoolExecutor(1) as pool:
         batches = _Batches(job, pool)
-        for i, piece in decode_clips(job.decoding, job.videos, entries):
+        for i, piece in decoded:
             if isinstance(piece, Window):
                 yield from batches.add(i, piece)
             else:
@@ -154,8 +157,10 @@ def look(job: jobs.Job) -> dict[str, Any]:
     that would be kept, seconds and motion."""
     outcomes: dict[int, Outcome] = {}
     decoding = dataclasses.replace(job.decoding, measure=True)
-    with tqdm(total=len(job.entries), unit="video") as bar:
-        for i, piece in decode_clips(decoding, job.videos, job.entries):
+    decoded = decode_clips(decoding, job.videos, job.entries, job.video_timeout)
+    bar = tqdm(total=len(job.entries), unit="video")
+    with bar, contextlib.closing(decoded):
+        for i, piece in decoded:
             if not isinstance(piece, Window):
                 jobs.expect_none_failed(job, piece)
                 outcomes[i] = piece
@@ -168,24 +173,3 @@ def look(job: jobs.Job) -> dict[str, Any]:
         "seconds": [round(clip.n_frames / clip.fps, 3) for clip in kept],
         "motion": [round(clip.figures["motion"], 3) for clip in kept],
     }
-
-
-class _CaptionFeatures:
-    """Text features, computed once per distinct caption and kept until its last use."""
-
-    def __init__(self, encode: Callable[[list[str]], list[np.ndarray]], entries: list[dict]):
-        self._encode = encode
-        self._uses_left = Counter(caption for entry in entries for caption in entry["captions"])
-        self._features = {}
-
-    def compute(self, captions: list[str]) -> list[np.ndarray]:
-        new = list(dict.fromkeys(c for c in captions if c not in self._features))
-        self._features.update(zip(new, self._encode(new), strict=True))
-        return [self._features[c] for c in captions]
-
-    def forget(self, captions: list[str]) -> None:
-        """Says that these uses are over."""
-        self._uses_left.subtract(captions)
-        for caption in captions:
-            if not self._uses_left[caption]:
-                self._features.pop(caption, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.preprocessing.job import CURATION
+from opensora_jax.preprocessing.job import CURATION, VIDEO_TIMEOUT
 
 
 def sha256(path):
@@ -33,7 +33,7 @@ def location(name_or_folder):
     return str(folder.absolute() if folder.is_dir() else name_or_folder)
 
 
-def command(captions, videos, output, vqvae, text_model, settings, engine, strict):
+def command(captions, videos, output, vqvae, text_model, settings, engine, strict, timeout):
     """The command line that goes on with this dataset."""
     words = ["python", "data_prep/preprocess_data.py", "-c", captions, "-v", videos, "-o", output]
     words += ["--vqvae", vqvae, "--text_model", text_model, "--resolution", *settings["resolution"]]
@@ -48,5 +48,6 @@ def command(captions, videos, output, vqvae, text_model, settings, engine, stric
         value = settings.get(name)
         words += [f"--{name}", *([] if value is True else [value])] if value else []
     words += ["--strict"] if strict else []
+    words += ["--video_timeout", timeout or 0] if timeout != VIDEO_TIMEOUT else []
     words += ["--engine", engine] if engine != "local" else []
     return shlex.join(map(str, words))

@@ -99,6 +99,7 @@ def _name(videos):
     for video in videos[:_MOST_NAMES]:
         file = video["file"]
         file = file if len(file) <= _LONGEST_NAME else files.short(file)
+        file = "".join(c if c.isprintable() else repr(c)[1:-1] for c in file)
         file = f"{file} at {video['start']:.3f} s" if "start" in video else file
         # A file name need not be text.
         print(f"  {file}: {video['reason']}".encode(errors="backslashreplace").decode())

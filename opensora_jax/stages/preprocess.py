@@ -22,7 +22,7 @@ from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tiles import Tiles
 from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer
 from opensora_jax.preprocessing import local, summary
-from opensora_jax.preprocessing.job import CURATION, Job, PreprocessError
+from opensora_jax.preprocessing.job import CURATION, VIDEO_TIMEOUT, Job, PreprocessError
 from opensora_jax.preprocessing.provenance import command, location, sha256, text_model_identity
 from opensora_jax.windows import WindowError, Windows
 
@@ -49,7 +49,7 @@ def run(config, workdir: str | os.PathLike) -> None:
             "initialised one that knows the words of the captions; nothing is downloaded"
         )
         entries = read_captions(captions, columns, strict=strict)
-        words = [caption for entry in entries for caption in entry["captions"]]
+        words = (caption for entry in entries for caption in entry["captions"])
         make_small_text_model(text_model, words)
     folders = build.made_datasets(config, workdir)
     for folder, resolution in zip(folders, np.atleast_1d(options.resolution), strict=True):
@@ -70,6 +70,7 @@ def run(config, workdir: str | os.PathLike) -> None:
             flat=options.get("flat", False),
             columns=columns,
             strict=strict,
+            video_timeout=options.get("video_timeout", VIDEO_TIMEOUT) or None,
             **{name: options.get(name, 0) for name in CURATION},
         )
 
@@ -94,6 +95,7 @@ def preprocess(
     flat: bool = False,
     columns: tuple[str, str] = COLUMNS,
     strict: bool = False,
+    video_timeout: float | None = VIDEO_TIMEOUT,
     split_scenes: bool = False,
     crop_bars: bool = False,
     min_side: int = 0,
@@ -137,6 +139,8 @@ def preprocess(
         features are stored as often as there are captions.
       columns: of captions in a table: the names of the column of files and of that of captions.
       strict: whether one entry or video that cannot be used ends it, instead of being left out.
+      video_timeout: seconds, of copying it here and of decoding it, after which a video counts as
+        failed and the process that decodes it is replaced; None: there is no limit.
       split_scenes: cut videos where another shot begins, too, so that no clip spans two; each shot
         is a clip of its own, or several of `clip_frames`.
       crop_bars, min_side, min_motion, min_brightness, max_frozen: what is cut off videos, and what
@@ -160,6 +164,8 @@ def preprocess(
         jax.config.update("jax_platforms", "cpu")
     if fps is not None:
         video_io.check_fps(fps)
+    if video_timeout is not None and not 0 < video_timeout < float("inf"):
+        raise PreprocessError(f"video_timeout={video_timeout}: expected a positive number, or None")
     curation = {
         "clip_frames": clip_frames,
         "clip_stride": clip_stride,
@@ -220,7 +226,9 @@ def preprocess(
     metadata = {
         "complete": False,
         "engine": engine,
-        "command": command(captions, videos, output, vqvae, text_model, settings, engine, strict),
+        "command": command(
+            *(captions, videos, output, vqvae, text_model, settings, engine, strict, video_timeout)
+        ),
         "vqvae": str(files.absolute(vqvae)),
         "vqvae_fingerprint": settings["vqvae_fingerprint"],
         "text_model": location(text_model),
@@ -255,6 +263,7 @@ def preprocess(
             windows=windows,
             batch_size=batch_size,
             strict=strict,
+            video_timeout=video_timeout,
         )
         if dry_run:
             summary.finish_dry_run(job, local.look(job))

@@ -35,7 +35,7 @@ def test_rows_of_one_video_belong_together(tmp_path, kind):
     else:
         delimiter = {"csv": ",", "tsv": "\t"}[kind]
         pa.csv.write_csv(table, path, pa.csv.WriteOptions(delimiter=delimiter))
-    assert read_captions(path, ("video", "sentence")) == EXPECTED
+    assert list(read_captions(path, ("video", "sentence"))) == EXPECTED
     names = r"\['rate', 'video', 'sentence'\]"
     with pytest.raises(CaptionsError, match=rf"no column 'file', only {names}: --file_column"):
         read_captions(path)
@@ -46,6 +46,34 @@ def test_rows_of_one_video_belong_together(tmp_path, kind):
     path.write_bytes(path.read_bytes()[:-9] + b"\xff,\xff\n1")
     with pytest.raises(CaptionsError, match=rf"captions\.{kind}: not a {kind} file|not UTF-8"):
         read_captions(path, ("video", "sentence"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "not a csv file: 'Empty CSV file'"),
+        (b"file,captions\n", "no entries"),
+        (b"file,captions\na.mp4,a\nb.mp4\n", r"Row #3: Expected 2 columns, got 1: b\.mp4"),
+        (b"file,captions\na.mp4,one,two\n", "Row #2: Expected 2 columns, got 3"),
+        (b"file,captions\na.mp4,caf\xe9\n", "not a csv file: .* invalid UTF8"),
+        ("file,captions\na.mp4,a\n".encode("utf-16"), "UTF-16 or UTF-32 text: expected UTF-8"),
+        (b"file,file,captions\na.mp4,b.mp4,a\n", "column 'file' is there twice"),
+        (b"file;captions\na.mp4;a\n", r"no column 'file', only \['file;captions'\]"),
+    ],
+)
+def test_broken_tables_are_named(tmp_path, text, message):
+    path = tmp_path / "captions.csv"
+    path.write_bytes(text)
+    for strict in (False, True):
+        with pytest.raises(CaptionsError, match=message) as caught:
+            read_captions(path, strict=strict)
+        assert str(caught.value).startswith(str(path))
+
+
+def test_a_table_may_have_a_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "captions.csv"
+    path.write_bytes(b"\xef\xbb\xbffile,captions\r\na.mp4,a cat\r\n\r\n")
+    assert list(read_captions(path)) == [{"file": "a.mp4", "captions": ["a cat"]}]
 
 
 def test_a_column_may_hold_lists(tmp_path):
@@ -83,7 +111,7 @@ def test_broken_lines_are_errors_and_bad_entries_are_counted(tmp_path):
     with pytest.raises(CaptionsError, match="line 2: not JSON"):
         read_captions(path, strict=False)
     path.write_text(json.dumps(good), encoding="utf-16")
-    with pytest.raises(CaptionsError, match="not UTF-8 text"):
+    with pytest.raises(CaptionsError, match="UTF-16 or UTF-32 text: expected UTF-8"):
         read_captions(path, strict=False)
     path.write_text(json.dumps(bad[0]))
     with pytest.raises(CaptionsError, match="not one entry can be used: line 1: captions"):
@@ -146,7 +174,7 @@ def test_archives_are_read_as_webdataset_packs_them(shards, tmp_path):
         ("1.tar/sub/3.mp4", ["a bird"]),
         ("1.tar/4.mp4", []),
     ]
-    assert read_captions(shards / "0.tar") == found[:2]
+    assert list(read_captions(shards / "0.tar")) == found[:2]
     expect_a_video(found, shards)
     with pytest.raises(CaptionsError, match=r"none of the captions' videos .* '0.tar/0001.mp4'"):
         expect_a_video(found, tmp_path)

@@ -23,13 +23,13 @@ def test_list_and_lines_read_the_same(tmp_path):
     as_list = write(tmp_path, json.dumps(ENTRIES, indent=2))
     lines = "\n\n".join(json.dumps(entry) for entry in ENTRIES) + "\n"
     as_lines = write(tmp_path, lines, "captions.jsonl")
-    assert read_captions(as_list) == read_captions(as_lines) == ENTRIES
+    assert list(read_captions(as_list)) == list(read_captions(as_lines)) == ENTRIES
 
 
 def test_a_caption_may_hold_any_line_separator_and_the_file_a_byte_order_mark(tmp_path):
     entry = {"file": "a.mp4", "captions": ["one\u2028two"]}
     path = write(tmp_path, b"\xef\xbb\xbf" + json.dumps(entry, ensure_ascii=False).encode())
-    assert read_captions(path) == [entry]
+    assert list(read_captions(path)) == [entry]
 
 
 def test_paths_are_normalised(tmp_path):
@@ -39,7 +39,7 @@ def test_paths_are_normalised(tmp_path):
 
 def test_written_json_reads_back_and_leaves_nothing_else(tmp_path):
     write_json(tmp_path / "captions.json", ENTRIES)
-    assert read_captions(tmp_path / "captions.json") == ENTRIES
+    assert list(read_captions(tmp_path / "captions.json")) == ENTRIES
     assert [path.name for path in tmp_path.iterdir()] == ["captions.json"]
 
 
@@ -48,8 +48,12 @@ def test_written_json_reads_back_and_leaves_nothing_else(tmp_path):
     [
         ("", "no entries"),
         ("[]", "no entries"),
-        ("[{]", r"captions.json: not JSON .*line 1 column 3"),
-        ('{"file": "a.mp4", "captions": ["a"]}\n{oops}', "line 2: not JSON"),
+        ("[{]", r"captions.json: not JSON .* at line 1 column 3\)"),
+        ('[\n{"file": "a.mp4",\n', r"captions.json: not JSON .* at line 3 column 1\)"),
+        ('{"file": "a.mp4", "captions": ["a"]}\n{oops}', r"line 2: not JSON .* at column 2\)"),
+        ('{"file": "a.mp4", "captions": ["a"]}\n\n{"file": "b', r"line 3: not JSON .*column 10\)"),
+        ('[{"file": "a.mp4"}]'.encode("utf-16"), "UTF-16 or UTF-32 text: expected UTF-8"),
+        ('{"file": "a.mp4"}'.encode("utf-16-be"), "UTF-16 or UTF-32 text: expected UTF-8"),
         (b'[{"file": "\xff"}]', "not UTF-8 text .* at byte 11"),
         ('["a.mp4"]', "entry 0: 'a.mp4': expected"),
         ('{"file": "a.mp4", "captions": ["a"]}\n7', "line 2: 7: expected"),

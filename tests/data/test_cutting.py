@@ -61,8 +61,9 @@ def test_only_what_clips_need_is_decoded(tmp_path, monkeypatch):
         video_io, "to_image", lambda *args: converted.append(args[1].pts) or convert(*args)
     )
     decoding = Decoding(**(OPTIONS | {"clip_frames": 8, "clip_stride": 62}))
-    (found,) = decoded(decoding, tmp_path, [{"file": "a.mp4"}])
-    assert [len(frames) for _, frames in found] == [8, 8]
+    *windows, outcome = decoding(tmp_path, {"file": "a.mp4"})  # in this process
+    assert [(window.clip, len(window.frames_THWC)) for window in windows] == [(0, 8), (1, 8)]
+    assert [clip.n_frames for clip in outcome] == [8, 8]
     assert len(converted) == 16
 
 

@@ -35,19 +35,31 @@ def write_lossless(path, frames, pts=None, pixel_format="rgb24", rate=10):
 
 
 def write_encoded(
-    path, frames, codec="libx264", *, rate=8, prepare=None, seconds_of_sound=0, aspect=1, **options
+    path,
+    frames,
+    codec="libx264",
+    *,
+    rate=8,
+    prepare=None,
+    seconds_of_sound=0,
+    aspect=1,
+    pixel_format=None,
+    **options,
 ):
     """A file of any format, by suffix.
 
     Args:
       prepare: makes the frame to encode of an RGB frame; None leaves the conversion to libav.
       aspect: width over height of a pixel.
+      pixel_format: of the file; None: the encoder's first.
       options: the format's, such as movflags.
     """
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        if pixel_format:
+            stream.pix_fmt = pixel_format
         sound = container.add_stream("pcm_s16le", rate=8000) if seconds_of_sound else None
         for image in frames:
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")

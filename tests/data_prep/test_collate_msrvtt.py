@@ -59,7 +59,7 @@ def test_splits_with_all_captions_of_a_video_together(tmp_path):
     source = make_archive(tmp_path / "MSRVTT")
     done = collate(source, tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert read_captions(tmp_path / "out" / "train" / "annotations.json") == [
+    assert list(read_captions(tmp_path / "out" / "train" / "annotations.json")) == [
         {"file": "video2.mp4", "captions": ["caption 0 of 2", "caption 1 of 2"]},
         {"file": "video0.mp4", "captions": ["caption 0 of 0", "caption 1 of 0"]},
     ]

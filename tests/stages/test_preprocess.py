@@ -29,7 +29,6 @@ from opensora_jax.data import dataset, dataset_writer, moving_shapes, video_io
 from opensora_jax.data.captions import CaptionsError
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import load_tokenizer
-from opensora_jax.preprocessing import local
 from opensora_jax.stages import preprocess as stage
 from opensora_jax.stages.preprocess import PreprocessError
 
@@ -146,6 +145,7 @@ def test_fixed_length_and_frame_rate(world, tmp_path, capsys):
         ({"max_frames": 0}, "max_frames=0: expected at least 1"),
         ({"videos_per_part": 0}, "videos_per_part=0: expected at least 1"),
         ({"batch_size": 0}, "batch_size=0: expected at least 1"),
+        ({"video_timeout": 0}, "video_timeout=0: expected a positive number"),
         ({"videos": "nowhere"}, r"nowhere: none of .* videos is there, not 'too_long\.mp4'"),
         ({"text_model": ROOT / "nowhere"}, "nowhere"),
     ],
@@ -173,20 +173,6 @@ def test_an_output_that_is_no_folder_is_named_before_any_work(world, tmp_path):
     with pytest.raises(PreprocessError, match=r"/proc/dataset: cannot be written"):
         run_on(world, "/proc/dataset")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_names_that_are_no_files_are_bad_entries(world, tmp_path, capsys):
-    names = ["x" * 300 + ".mp4", "half an emoji \ud83d.mp4", "a" * 10**5]
-    captions = {"whole.mp4": ["a red circle moves up"]} | {name: ["moves"] for name in names}
-    path = write_captions(tmp_path / "captions.json", captions)
-    run_on(world, tmp_path / "out", captions=path)
-    failed = dataset.open_dataset(tmp_path / "out").metadata["failed"]
-    assert [video["file"] for video in failed] == names
-    reasons = ["File name too long", "its name is not Unicode text", "File name too long"]
-    assert [video["reason"] for video in failed] == reasons
-    printed = capsys.readouterr().out
-    assert "  half an emoji \\ud83d.mp4: its name is not" in printed
-    assert max(map(len, printed.splitlines())) < 400
 
 
 def test_a_dry_run_says_what_would_become_of_the_videos(world, tmp_path, capsys):
@@ -246,21 +232,18 @@ def test_not_one_usable_video_is_an_error(world, tmp_path, capsys):
     assert "truncated.mp4: " in capsys.readouterr().out
 
 
-def test_a_caption_is_encoded_once_and_forgotten_after_its_last_use():
+def test_a_caption_is_encoded_once(world, tmp_path, monkeypatch):
     encoded = []
+    encode = TextEncoder.encode
 
-    def encode(captions):
+    def counting(self, captions):
         encoded.extend(captions)
-        return [np.full((1, 2), len(caption)) for caption in captions]
+        return encode(self, captions)
 
-    entries = [{"captions": ["a", "bb"]}, {"captions": ["bb", "bb"]}, {"captions": ["ccc"]}]
-    features = local._CaptionFeatures(encode, entries)
-    for entry in entries:
-        found = features.compute(entry["captions"])
-        assert [int(feature[0, 0]) for feature in found] == [len(c) for c in entry["captions"]]
-        features.forget(entry["captions"])
-    assert encoded == ["a", "bb", "ccc"]
-    assert features._features == {}
+    monkeypatch.setattr(TextEncoder, "encode", counting)
+    run_on(world, tmp_path / "out", videos_per_part=1)
+    texts = [text for _, texts in USABLE.values() for text in texts]
+    assert encoded == list(dict.fromkeys(texts))
 
 
 def contents(folder):

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import web_server
 from made_world import (
     ROOT,
     command,
@@ -172,6 +173,56 @@ def test_a_node_dies_in_the_middle_and_nothing_is_lost(world, many, tmp_path, mo
     finally:
         cluster.shutdown()
     expect_same(tmp_path / "dataset", expected)
+
+
+@pytest.mark.slow
+def test_a_video_that_never_comes_costs_that_video(world, tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    shutil.copy(world / "videos" / "whole.mp4", site)
+    names = ["whole.mp4", "never.mp4", "nothing.mp4"]
+    write_captions(site / "captions.json", {name: ["a red circle"] for name in names})
+    with web_server.serve(site) as address:
+        words = command(world, f"{address}/captions.json", address, tmp_path / "out")
+        finish(start([*words, "--video_timeout", "20"]))
+    failed = dataset.read_metadata(tmp_path / "out")["failed"]
+    assert [(video["file"], video["reason"]) for video in failed] == [
+        ("never.mp4", "not decoded after 20 seconds"),
+        ("nothing.mp4", "no such file"),
+    ]
+
+
+TROUBLED = f"""
+import runpy, trouble
+from opensora_jax.preprocessing.job import Job
+
+decoding = Job.decoding.fget
+Job.decoding = property(lambda job: trouble.Troubled.like(decoding(job)))
+runpy.run_path({str(ROOT / "data_prep" / "preprocess_data.py")!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_decoder_that_hangs_or_crashes_in_the_middle_costs_that_video(world, tmp_path):
+    captions = {}
+    for seed, name in enumerate(("a.mp4", "hang.mp4", "crash.mp4", "b.mp4")):
+        write_video(tmp_path / name, 24, seed)  # three windows
+        captions[name] = ["a red circle"]
+    path = write_captions(tmp_path / "captions.json", captions)
+    _, *words = command(world, path, tmp_path, tmp_path / "troubled")
+    finish(start(["-c", TROUBLED, *words, "--video_timeout", "10"]))
+    good = {name: captions[name] for name in ("a.mp4", "b.mp4")}
+    options = {"captions": write_captions(tmp_path / "good.json", good), "videos": tmp_path}
+    run_on(world, tmp_path / "good", **options, videos_per_part=1)
+    whole, found = (dataset.open_dataset(tmp_path / name) for name in ("good", "troubled"))
+    assert [found.column(i, "video_file") for i in range(len(found))] == ["a.mp4", "b.mp4"]
+    for i in range(2):
+        codes = "video_latent_states"
+        np.testing.assert_array_equal(found[i][codes], whole[i][codes])
+    assert [video["reason"] for video in found.metadata["failed"]] == [
+        "not decoded after 10 seconds",
+        "its decoder crashed: SIGSEGV",
+    ]
 
 
 @pytest.mark.slow
