@@ -122,6 +122,14 @@ def get_config() -> ConfigDict:
     c.preprocess = ConfigDict()
     # Pixels, short side, cropped square; of several, (32, 64), a dataset each: WORKDIR/dataset32, ...
     c.preprocess.resolution = FieldReference(128, field_type=object)
+    # Instead of one resolution, frames x height x width of several: "16x96x160,1x128x128", each a
+    # dataset in WORKDIR/dataset/16x96x160, or "auto": by the videos. A video goes to the one that
+    # loses least of it, images to those of one frame; the DiT learns from all. Empty: none. Not with
+    # `split_scenes`.
+    c.preprocess.buckets = ""
+    # Of "auto": tokens of a clip at most, each a latent frame x dit.patch x dit.patch; `n_frames`
+    # are then frames of a clip at most.
+    c.preprocess.bucket_tokens = 1280
     # Frames a second; 0: as in the file. Of 16 frames at 8 a second one sees 2 seconds of what the
     # caption says, at a film's own rate half a second.
     c.preprocess.fps = 8.0
@@ -174,8 +182,9 @@ def get_config() -> ConfigDict:
     # it also animates images, goes on with videos and fills gaps (docs/frames.md).
     c.dit.conditioning = "text"
     c.dit.text_length = 0  # tokens a caption is padded or cut to; 0: the longest in the data
-    # Latent frames an example, or several lengths, (4, 8); 0: as many as 90% of the data have, in
-    # whole windows. Trained on several sizes, a model draws any between; a batch is of one of them.
+    # Latent frames an example, or several lengths, (4, 8), where a bucket has so many; 0: as many as
+    # 90% of the data have, in whole windows, or a bucket has. Trained on several sizes, a model draws
+    # any between; a batch is of one of them.
     c.dit.n_latent_frames = FieldReference(0, field_type=object)
     c.dit.caption_dropout = 0.1  # share of examples without text, for guidance
     # What is trained on: of embeddings flow, rectified flow, or ddpm, DiT's (the noise, its variance

@@ -18,6 +18,7 @@ from pathlib import Path
 from opensora_jax import cli, files, runtime
 from opensora_jax.preprocessing.job import VIDEO_TIMEOUT
 from opensora_jax.stages.preprocess import preprocess
+from opensora_jax.stages.preprocess_buckets import preprocess_buckets
 
 
 def main() -> None:
@@ -63,6 +64,21 @@ def main() -> None:
         help="height and width, or one number for both: videos are resized to cover this, then "
         "cropped to it (default: 128)",
     )
+    add(
+        "--buckets",
+        metavar="TxHxW,...",
+        help="instead of one resolution: frames x height x width of several, as "
+        "16x96x160,1x128x128, each a dataset in OUTPUT/16x96x160, or auto, which chooses them by "
+        "the videos; a video goes to the one that loses least of it, images to those of one frame; "
+        "not with --split_scenes",
+    )
+    add(
+        "--bucket_tokens",
+        type=int,
+        default=0,
+        help="of --buckets auto: tokens of a clip at most, each a latent frame x patch x patch",
+    )
+    add("--patch", type=int, default=2, help="of --buckets auto: the DiT's patch, in latents")
     add("--fps", type=float, default=8, help="resample to this frame rate; 0: each video's own")
     add(
         "--max_frames",
@@ -74,7 +90,8 @@ def main() -> None:
         "--n_frames",
         type=int,
         default=0,
-        help="cut every video to this many frames and leave out shorter ones; 0: keep all",
+        help="cut every video to this many frames and leave out shorter ones; 0: keep all; with "
+        "--buckets auto: frames of a bucket at most",
     )
     add(
         "--clip_frames",
@@ -184,10 +201,12 @@ def main() -> None:
         "starts on this machine alone",
     )
     arguments = vars(parser.parse_args())
-    resolution = arguments["resolution"] or [128]
-    if len(resolution) > 2:
+    resolution, buckets = arguments.pop("resolution"), arguments.pop("buckets")
+    of_buckets = {name: arguments.pop(name) for name in ("bucket_tokens", "patch")}
+    if resolution and len(resolution) > 2:
         parser.error(f"--resolution {resolution}: expected one or two numbers")
-    arguments["resolution"] = (resolution * 2)[:2]  # one number stands for both sides
+    if resolution and buckets:
+        parser.error(f"--resolution {resolution}: expected none, since --buckets says it")
     for name in ("fps", "max_frames", "n_frames", "window", "tile", "video_timeout"):
         arguments[name] = arguments[name] or None
     of_tfds = {n: arguments.pop(f"tfds_{n}") for n in ("split", "video", "text", "fps")}
@@ -204,7 +223,11 @@ def main() -> None:
     paths = [*given, output]
     arguments["columns"] = (arguments.pop("file_column"), arguments.pop("caption_column"))
     runtime.keep_compiled_programs()
-    preprocess(*paths, **arguments)
+    if buckets:
+        preprocess_buckets(*paths, asked=buckets, **of_buckets, **arguments)
+    else:
+        sides = ((resolution or [128]) * 2)[:2]  # one number stands for both
+        preprocess(*paths, resolution=sides, **arguments)
 
 
 if __name__ == "__main__":

@@ -236,6 +236,24 @@ def test_heads_divide_over_context_and_tensor():
         # To the tokenizer: stride 2 x 2 x 2, patch 4.
         ({"preprocess.resolution": 130}, "expected a multiple of 8: vqvae.downsample=(2, 2, 2) x "),
         ({"preprocess.resolution": 28}, "expected a multiple of 8: vqvae.downsample=(2, 2, 2) x "),
+        ({"preprocess.buckets": "8x32x36"}, "expected a multiple of 8: vqvae.downsample=(2, 2, 2)"),
+        ({"preprocess.buckets": "7x32x32"}, "expected frames of a multiple of 2, not 7x32x32"),
+        (
+            {"preprocess.n_frames": 8, "preprocess.buckets": "8x32x32"},
+            "expected 0, since preprocess",
+        ),
+        (
+            {"preprocess.split_scenes": True, "preprocess.buckets": "auto"},
+            "expected False with preprocess.buckets",
+        ),
+        (
+            {"preprocess.clip_frames": 4, "preprocess.buckets": "8x32x32"},
+            "expected 0, or at least the 8 of preprocess.buckets",
+        ),
+        (
+            {"dit.n_latent_frames": 5, "preprocess.buckets": "8x32x32,1x32x32"},
+            "expected at most 4: 8 frames by",
+        ),
         ({"preprocess.n_frames": 5}, "expected a multiple of 2: vqvae.downsample=(2, 2, 2)"),
         ({"preprocess.window": 3}, "expected a multiple of 2: vqvae.downsample=(2, 2, 2)"),
         ({"dit.n_latent_frames": 5}, "expected at most 4: 8 frames by vqvae.downsample=(2, 2, 2)"),
@@ -295,6 +313,8 @@ def test_what_no_stage_of_the_run_reads_need_not_fit():
     config_lib.check(load("quickstart", preprocess__resolution=130, stages=("shapes", "vqvae")))
     fields = {"preprocess.resolution": 130, "data.vqvae": "runs/vqvae"}
     config_lib.check(load("quickstart", **fields, stages=("preprocess",)))
+    fields = {"preprocess.resolution": 130, "preprocess.buckets": "8x32x64,1x32x32"}
+    config_lib.check(load("quickstart", **fields))
     fields = {"shapes.n_frames": 4, "data.videos": "videos"}
     config_lib.check(load("quickstart", **fields, stages=("shapes", "vqvae")))
 

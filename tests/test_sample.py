@@ -188,6 +188,20 @@ def test_sizes_beyond_the_training_are_refused(workdir, tmp_path, capsys, argume
     assert not list(tmp_path.iterdir())
 
 
+def test_between_sizes_of_the_training_there_are_others(workdir):
+    generator = Generator.load(workdir / "dit")
+    grids = ((2, 4, 4), (2, 2, 8), (2, 8, 2), (1, 6, 6))
+    generator._description = dataclasses.replace(generator._description, latent_grids=grids)
+    assert generator.latent_grid(8, 16, 16) == (2, 4, 4)
+    assert generator.latent_grid(8, 8, 24) == (2, 2, 6)  # of no trained aspect ratio
+    assert generator.latent_grid(4, 16, 32) == (1, 4, 8)
+    # Of no one of these sizes a part, and still of some length.
+    assert [generator.longest(*size) for size in ((16, 16), (8, 24), (16, 32))] == [2, 2, 1]
+    for size in ((8, 16, 24), (8, 24, 24), (4, 8, 40), (12, 8, 8)):
+        with pytest.raises(ValueError, match="expected no more of any, and no more in all"):
+            generator.latent_grid(*size)
+
+
 def error_of(capsys, *argv):
     """What the command says and its exit status: a message stands for 1."""
     with pytest.raises(SystemExit) as stop:

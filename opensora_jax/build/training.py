@@ -19,6 +19,7 @@ from opensora_jax import files, hardware
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.build import networks
 from opensora_jax.convert import vgg
+from opensora_jax.data import bucket_folders
 from opensora_jax.data.streaming import Streaming
 from opensora_jax.diffusion import objectives
 from opensora_jax.diffusion.objective import Objective
@@ -306,9 +307,15 @@ def dit_training(
 
 
 def dataset_folders(config: ConfigDict, workdir: epath.PathLike) -> list[epath.Path]:
-    """What the DiT is trained on: the datasets of `config.data.dataset`, or `made_datasets`."""
+    """What the DiT is trained on: the datasets of `config.data.dataset`, or `made_datasets`; in the
+    place of a folder of buckets those in it.
+
+    Raises:
+      DatasetError: such a folder is not finished.
+    """
     names = config.data.dataset
-    return [epath.Path(n) for n in names.split(",")] if names else made_datasets(config, workdir)
+    named = [epath.Path(n) for n in names.split(",")] if names else made_datasets(config, workdir)
+    return [folder for name in named for folder in bucket_folders.datasets(name)]
 
 
 def streaming(c: ConfigDict) -> Streaming | None:
@@ -318,9 +325,10 @@ def streaming(c: ConfigDict) -> Streaming | None:
 
 
 def made_datasets(config: ConfigDict, workdir: epath.PathLike) -> list[epath.Path]:
-    """What the stage `preprocess` makes in the workdir, one for each of its resolutions."""
+    """What the stage `preprocess` makes in the workdir: one for each of its resolutions, or a
+    folder of buckets."""
     resolution = config.preprocess.resolution
-    if isinstance(resolution, int):
+    if isinstance(resolution, int) or config.preprocess.get("buckets"):
         return [epath.Path(workdir) / "dataset"]
     return [epath.Path(workdir) / f"dataset{n}" for n in resolution]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.config.stages import STAGES
+from opensora_jax.data import buckets
 from opensora_jax.diffusion import flow
 from opensora_jax.diffusion.objectives import OBJECTIVES
 from opensora_jax.diffusion.on_codes import CODE_HEADS
@@ -106,6 +107,18 @@ prompts = Rule(
     "texts that are not blank",
 )
 
+
+def _are_buckets(value: Any) -> bool:
+    try:
+        return value in ("", buckets.AUTO) or bool(buckets.parse(value))
+    except (ValueError, AttributeError):  # of what is no text
+        return False
+
+
+bucket_sizes = Rule(
+    _are_buckets, "auto, or sizes of frames x height x width, as 16x96x160,1x128x128, or empty"
+)
+
 _TRAINING = {
     "batch_size": at_least(1),
     "accumulate": at_least(1),
@@ -194,6 +207,8 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
     },
     "preprocess": {
         "resolution": one_or_several(at_least(1)),
+        "buckets": bucket_sizes,
+        "bucket_tokens": at_least(1),
         "fps": Rule(lambda v: v == 0 or frame_rate.test(v), f"0, or {frame_rate.expected}"),
         "max_frames": at_least(0),
         "n_frames": at_least(0),

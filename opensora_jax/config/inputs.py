@@ -72,13 +72,20 @@ def _is_done(c: ConfigDict, workdir: epath.Path, stage: str) -> bool:
         case "preprocess":
             from opensora_jax.build import training as build
 
-            marks = [path / "metadata.json" for path in build.made_datasets(c, workdir)]
-            return all(
-                mark.exists() and files.read_json(mark).get("complete", False) for mark in marks
-            )
+            return all(_is_made(path) for path in build.made_datasets(c, workdir))
         case "fidelity":
             return (workdir / "fidelity.json").exists()
     return False
+
+
+def _is_made(folder: epath.Path) -> bool:
+    """Whether a dataset, or all of a folder of buckets, is finished."""
+    from opensora_jax.data import bucket_folders
+
+    mark = folder / "metadata.json"
+    if bucket_folders.read(folder) is not None:
+        return bucket_folders.is_complete(folder)
+    return mark.exists() and files.read_json(mark).get("complete", False)
 
 
 def _read_input(
@@ -103,10 +110,15 @@ def _read_input(
 def _check_vqvae(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
     from opensora_jax.build import training as build
     from opensora_jax.convert import vgg
-    from opensora_jax.data import pipeline
+    from opensora_jax.data import bucket_folders, pipeline
     from opensora_jax.inference import tokenizer
 
-    made = [path for path in build.made_datasets(c, workdir) if (path / "metadata.json").exists()]
+    names = ("metadata.json", bucket_folders.LIST)
+    made = [
+        path
+        for path in build.made_datasets(c, workdir)
+        if any((path / name).exists() for name in names)
+    ]
     if "preprocess" in c.stages and made:
         most = f"no more than were trained when {made[0]} was made"
         rules.raise_invalid(c, "vqvae.steps", f"{most}; remove that folder to train on")
@@ -154,7 +166,10 @@ def _check_dit(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
     from opensora_jax.convert.dit import open_blocks
     from opensora_jax.data import dataset
 
-    folders = build.dataset_folders(c, workdir)
-    read("data.dataset", lambda _: [dataset.complete_metadata(folder) for folder in folders])
+    def look(_: epath.Path) -> None:
+        for folder in build.dataset_folders(c, workdir):
+            dataset.complete_metadata(folder)
+
+    read("data.dataset", look)
     config = networks.dit_config(c.dit, channels=1, out_channels=1, text_width=1)
     read("dit.init_from", lambda path: open_blocks(path, config))

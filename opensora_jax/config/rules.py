@@ -13,6 +13,7 @@ from opensora_jax import mesh as mesh_lib
 from opensora_jax.build import networks
 from opensora_jax.config.fields import RULES
 from opensora_jax.config.stages import STAGES
+from opensora_jax.data.buckets import AUTO, Size, parse
 from opensora_jax.diffusion import ddpm
 from opensora_jax.diffusion.objectives import OBJECTIVES
 from opensora_jax.models import attention
@@ -195,10 +196,16 @@ def check_codes(
     factors, of = spatial, source
     if "dit" in c.stages:
         factors, of = [n * c.dit.patch for n in spatial], f"{source} x dit.patch={c.dit.patch}"
-    resolutions = np.atleast_1d(c.preprocess.resolution)
-    if any((resolutions % n).any() for n in factors):
+    sizes = _listed_buckets(c)
+    name, sides = "preprocess.buckets", [(size.height, size.width) for size in sizes]
+    if not c.preprocess.buckets:
+        name, sides = (
+            "preprocess.resolution",
+            [[n] * 2 for n in np.atleast_1d(c.preprocess.resolution)],
+        )
+    if any((np.array(pair) % factors).any() for pair in sides):
         multiple = " and ".join(map(str, dict.fromkeys(factors)))
-        raise_invalid(c, "preprocess.resolution", f"a multiple of {multiple}: {of}")
+        raise_invalid(c, name, f"a multiple of {multiple}: {of}")
     if c.preprocess.tile and any(
         c.preprocess.tile % n or c.preprocess.tile < 2 * n for n in spatial
     ):
@@ -208,16 +215,31 @@ def check_codes(
         raise_invalid(c, "preprocess.n_frames", "0 with preprocess.clip_frames")
     if c.preprocess.clip_stride and not c.preprocess.clip_frames:
         raise_invalid(c, "preprocess.clip_stride", "0 without preprocess.clip_frames")
-    name = "clip_frames" if c.preprocess.clip_frames else "n_frames"
+    if c.preprocess.split_scenes and c.preprocess.buckets:
+        raise_invalid(c, "preprocess.split_scenes", "False with preprocess.buckets")
+    longest = max((size.n_frames for size in sizes), default=0)
+    if 0 < c.preprocess.clip_frames < longest:
+        most = f"0, or at least the {longest} of preprocess.buckets"
+        raise_invalid(c, "preprocess.clip_frames", most)
+    # Of buckets, which say themselves how many frames are kept, clips may be of any length.
+    is_cut = c.preprocess.clip_frames and not c.preprocess.buckets
+    name = "clip_frames" if is_cut else "n_frames"
     n_frames = c.preprocess[name]
     try:
         windows = Windows(t, causal, c.preprocess.window or window)
     except WindowError as error:
         raise_invalid(c, "preprocess.window", f"{error.expected}: {source}")
+    for size in sizes:
+        if not size.is_image and windows.fit(size.n_frames) != size.n_frames:
+            near = windows.near(size.n_frames)
+            raise_invalid(c, "preprocess.buckets", f"frames of {near}, not {size}: {source}")
+    if sizes and n_frames:
+        raise_invalid(c, "preprocess.n_frames", "0, since preprocess.buckets says it")
     if n_frames and windows.fit(n_frames) != n_frames:
         raise_invalid(c, f"preprocess.{name}", f"{windows.near(n_frames)}: {source}")
     if not n_frames and _uses_shapes(c, "preprocess"):
         n_frames = _frames_of_shapes(c, c.preprocess.fps)
+    n_frames = longest or n_frames
     if "dit" in c.stages and n_frames and np.max(c.dit.n_latent_frames) > windows.latents(n_frames):
         most = f"{windows.latents(n_frames)}: {n_frames} frames by {source}"
         raise_invalid(c, "dit.n_latent_frames", f"at most {most}")
@@ -227,6 +249,12 @@ def check_codes(
         if not set(np.atleast_1d(c.dit.n_latent_frames).tolist()) <= {0, whole}:
             tell = "captions of scenes tell of whole videos"
             raise_invalid(c, "dit.n_latent_frames", f"0 or {whole}: {tell}")
+
+
+def _listed_buckets(c: ConfigDict) -> tuple[Size, ...]:
+    """The sizes of `preprocess.buckets`; none, where there are none or the videos decide."""
+    text = c.preprocess.buckets
+    return parse(text) if text and text != AUTO else ()
 
 
 def _check_devices(c: ConfigDict, devices: Sequence[jax.Device]) -> None:

@@ -102,11 +102,12 @@ class Decoding:
       fps: frames per second that videos are resampled to; None keeps each video's own rate.
       max_frames: a video with more frames than this (after resampling) is filtered, unless it is
         cut to `n_frames` or `clip_frames` anyway. None: none is but beyond _MOST_FRAMES.
-      n_frames: cut every video to this many frames, and filter shorter ones. None keeps all frames
-        but for a rest that does not fit.
+      n_frames: cut every video, or clip, to this many frames, and filter shorter ones. None keeps
+        all frames but for a rest that does not fit.
       windows: which lengths fit.
-      clip_frames: cut every video into clips of this many frames, and filter shorter ones; a rest
-        that makes no clip is dropped. 0: a video is one clip.
+      images: only images are kept, each a clip that is repeated to `n_frames`.
+      clip_frames: cut every video into clips of this many frames, and filter those of fewer than
+        `n_frames` or, without it, than this; a rest is dropped. 0: a video is one clip.
       clip_stride: frames from the begin of a clip to that of the next; 0: clip_frames.
       split_scenes: cut every video where another shot begins, so that no clip spans two.
       crop_bars: cut black bars off before videos are resized, where they are throughout.
@@ -125,6 +126,7 @@ class Decoding:
     max_frames: int | None
     n_frames: int | None
     windows: Windows
+    images: bool = False
     clip_frames: int = 0
     clip_stride: int = 0
     split_scenes: bool = False
@@ -151,7 +153,7 @@ class Decoding:
             return
         try:
             name.encode()
-            _expect_inside(epath.Path(folder), name)
+            expect_inside(epath.Path(folder), name)
             with archives.member(folder, name) as path:
                 outcome = yield from self._clips(path, name)
         except UnicodeEncodeError:  # the dataset's columns are UTF-8
@@ -171,20 +173,20 @@ class Decoding:
         info = video_io.probe(path)  # to its end, which is to be there even if it is cut
         box, size = None, (info.height, info.width)
         if self.crop_bars:
-            box = _content(path, size)
-            top, bottom, left, right = box or (0, 1, 0, 1)
-            size = round(size[0] * (bottom - top)), round(size[1] * (right - left))
+            box, size = content_of(path, size)
         if min(size) < self.min_side:
             found = f"{size[1]} x {size[0]} pixels"
             reason = f"{found}, expected a side of at least {self.min_side}"
             return [Filtered(name, reason, figures=self._side(size))]
+        if self.images and info.n_frames > 1:
+            return [Filtered(name, f"{info.n_frames} frames, expected an image")]
         fps = self.fps or info.fps
-        if self.clip_frames or self.split_scenes:
+        if (self.clip_frames or self.split_scenes) and not self.images:
             timeline = Timeline.read(path, self.fps)
-            shots = [range(len(timeline))]
+            parts = [range(len(timeline))]
             if self.split_scenes:
-                shots = _shots(timeline, (info.height, info.width))
-            spans = [span for shot in shots for span in self._spans(shot)]
+                parts = shots.of_timeline(timeline, (info.height, info.width))
+            spans = [span for part in parts for span in self._spans(part)]
             is_wanted = np.zeros(len(timeline), bool)
             clips = []
             for span in spans:
@@ -197,6 +199,8 @@ class Decoding:
         else:
             images = video_io.read_frames(path, resolution=self.resolution, fps=self.fps, box=box)
             most = self.n_frames or self._limit + 1
+            if self.images:
+                images = itertools.repeat(next(images))
             spans, clips = [range(most)], [_Growing(self, name, 0, fps)]
             numbered = enumerate(itertools.islice(images, most))
         for clip in clips:
@@ -216,15 +220,14 @@ class Decoding:
 
     def _spans(self, shot: range) -> list[range]:
         """The frames of each clip of a shot; of one that is too short, all of them."""
-        n = self.clip_frames
-        if not n:
-            return [shot[: self.n_frames]]
-        return [shot[i : i + n] for i in range(0, max(len(shot) - n, 0) + 1, self.clip_stride or n)]
+        n = self.clip_frames or max(len(shot), 1)
+        starts = range(0, max(len(shot) - n, 0) + 1, self.clip_stride or n)
+        return [shot[i : i + n][: self.n_frames] for i in starts]
 
     @property
     def _least(self) -> int:
         """Frames of the shortest clip."""
-        return self.clip_frames or self.n_frames or self.windows.least
+        return self.n_frames or self.clip_frames or self.windows.least
 
     @property
     def _limit(self) -> int:
@@ -246,11 +249,11 @@ class Decoding:
     def _side(self, size: tuple[int, int]) -> dict[str, float]:
         return {"side": min(size)} if "side" in self._figures else {}
 
-    def _why_filtered(self, figures: dict[str, float]) -> str | None:
+    def _why_filtered(self, figures: dict[str, float], is_image: bool) -> str | None:
         if self.min_brightness and figures["brightness"] < self.min_brightness:
             found = figures["brightness"]
             return f"dark: {found:.2f} of 255, expected at least {self.min_brightness:g}"
-        if self.min_motion and figures["motion"] < self.min_motion:
+        if self.min_motion and not is_image and figures["motion"] < self.min_motion:
             found = figures["motion"]
             return f"still: moves by {found:.2f} of 255, expected at least {self.min_motion:g}"
         if self.max_frozen and figures["frozen"] > self.max_frozen:
@@ -297,7 +300,8 @@ class _Growing:
         if rest:
             yield self._window()
         self.figures |= self._look.figures()
-        if reason := self._decoding._why_filtered(self.figures):
+        is_image = self._decoding.images or self._n_frames == 1
+        if reason := self._decoding._why_filtered(self.figures, is_image):
             self._leave_out(reason)
             return
         counted = (self._fps, n_frames, self._n_windows, self._start)
@@ -310,29 +314,22 @@ class _Growing:
     def _window(self) -> Window:
         frames_THWC = np.stack(self._waiting)
         self._waiting.clear()
-        self._look.add(frames_THWC)
+        self._look.add(frames_THWC[:1] if self._decoding.images else frames_THWC)
         self._n_windows += 1
         return Window(self._number, frames_THWC)
 
 
-def _shots(timeline: Timeline, size: tuple[int, int]) -> list[range]:
-    """The frames of each shot of a video of this (height, width)."""
-    if timeline.pts is None:  # so that its frames cannot be told but by reading them
-        cuts = shots.cuts(timeline.path, size, timeline.fps)
-    else:
-        cuts = np.searchsorted(timeline.frames, shots.cuts(timeline.path, size)).tolist()
-    edges = sorted({0, *cuts, len(timeline)})
-    return [range(a, b) for a, b in itertools.pairwise(edges)]
-
-
-def _content(path: Path, size: tuple[int, int]) -> video_io.Box | None:
-    """Where the content of a video of this (height, width) is, by frames spread over it."""
+def content_of(path: Path, size: tuple[int, int]) -> tuple[video_io.Box | None, tuple[int, int]]:
+    """Where in a video of this (height, width), by frames spread over it, its content is without
+    bars, None where there are none, and the size of that."""
     timeline = Timeline.read(path)
     numbers = np.linspace(0, len(timeline) - 1, _LOOKED_AT).round().astype(int)
-    return content(timeline.images(np.unique(numbers).tolist(), size), size)
+    box = content(timeline.images(np.unique(numbers).tolist(), size), size)
+    top, bottom, left, right = box or (0, 1, 0, 1)
+    return box, (round(size[0] * (bottom - top)), round(size[1] * (right - left)))
 
 
-def _expect_inside(folder: epath.Path, name: str) -> None:
+def expect_inside(folder: epath.Path, name: str) -> None:
     """Sees that a file of this machine's lies in the folder, also where it is a link.
 
     Raises:

@@ -36,7 +36,7 @@ import numpy as np
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.data import parts, tfds
+from opensora_jax.data import bucket_folders, parts, tfds
 from opensora_jax.data.index import Index, read_codebook, smallest
 from opensora_jax.data.parts import (
     CODES,
@@ -353,6 +353,9 @@ def complete_metadata(folder: epath.PathLike) -> dict:
       DatasetError: not finished, or a key is missing or not as expected.
     """
     path = epath.Path(folder) / "metadata.json"
+    if not path.exists() and bucket_folders.read(folder) is not None:
+        names = ", ".join(str(found) for found in bucket_folders.datasets(folder))
+        raise DatasetError(f"{folder}: holds buckets: name one, such as {names}")
     metadata = read_metadata(folder)
     # A plain folder of others is whole when it can be read; ours grows by parts.
     if not metadata.get("complete", path.with_name("state.json").exists()):

@@ -57,12 +57,15 @@ def check(params: dict[str, Any], *, n_phrasings: int, least_frames: int, least_
       ValueError: naming one that is out of range.
     """
     video_io.check_fps(params["fps"])
-    side = params["resolution"]
+    sides = np.atleast_1d(params["resolution"])
     for name, good, expected in (
         ("n_videos", params["n_videos"] >= 1, "at least 1"),
         ("seed", params["seed"] >= 0, "at least 0"),
         ("n_frames", params["n_frames"] >= least_frames, f"at least {least_frames}"),
-        ("resolution", side >= least_side and side % 2 == 0, f"{least_side} or more, even"),
+        (
+            *("resolution", all(side >= least_side and side % 2 == 0 for side in sides)),
+            f"{least_side} or more, even",
+        ),
         ("n_captions", 1 <= params["n_captions"] <= n_phrasings, f"1 to {n_phrasings}"),
     ):
         if not good:

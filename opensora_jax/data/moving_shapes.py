@@ -66,32 +66,39 @@ def render(
     shape: str,
     direction: str,
     n_frames: int,
-    resolution: int,
+    resolution: int | tuple[int, int],
 ) -> np.ndarray:
-    """Draws one video, uint8 (n_frames, resolution, resolution, 3).
+    """Draws one video, uint8 (n_frames, height, width, 3).
 
-    The generator decides size, start, speed, exact hue and background. The shape travels
-    25-50% of the frame side and is wholly visible throughout.
+    The generator decides size, start, speed, exact hue and background. The shape travels 25-50% of
+    the frame's side along its way and is wholly visible throughout; its size is a share of the
+    shorter side.
+
+    Args:
+      resolution: (height, width), or one number for both.
 
     Raises:
       ValueError: an unknown attribute, fewer than 2 frames or a resolution below 16.
     """
     _check_combination(color, shape, direction)
-    if n_frames < 2 or resolution < 16:
+    height, width = _sides(resolution)
+    shorter = min(height, width)
+    if n_frames < 2 or shorter < 16:
         raise ValueError(
             f"n_frames={n_frames}, resolution={resolution}: expected at least 2 and at least 16"
         )
-    # Lengths are fractions of the frame side, x to the right and y down. "low" and "high" are how
+    # Lengths are fractions of the shorter side, x to the right and y down. "low" and "high" are how
     # far the shape reaches from its centroid towards smaller and larger coordinates.
     # Of the circle. The square is as wide, so that its corners stick out; one of the circle's area
     # differs from it by few pixels. The triangle has the circle's area, or it would be too wide.
     diameter = rng.uniform(0.4, 0.5)
     low, high = extent(shape, diameter)
     margin = 0.02
-    room = 1 - 2 * margin - low - high
+    frame = np.array([width, height]) / shorter
+    room = frame - 2 * margin - low - high
     step = np.array(STEP[direction])
     axis = int(step[0] == 0)  # 0: moves along x, 1: along y
-    travel = rng.uniform(0.25, min(0.5, room[axis]))
+    travel = rng.uniform(0.25, min(0.5, room[axis] / frame[axis])) * frame[axis]
     start = (
         margin + low + rng.uniform(0, 1, 2) * np.where(np.arange(2) == axis, room - travel, room)
     )
@@ -99,11 +106,11 @@ def render(
         start[axis] += travel
     center_T2 = start + np.linspace(0, travel, n_frames)[:, None] * step
 
-    position_N = (np.arange(resolution) + 0.5) / resolution
-    alpha_THW1 = coverage(shape, center_T2, diameter, position_N, position_N, resolution)
+    y_H, x_W = (np.arange(height) + 0.5) / shorter, (np.arange(width) + 0.5) / shorter
+    alpha_THW1 = coverage(shape, center_T2, diameter, y_H, x_W, shorter)
 
     shape_rgb = draw_color(rng, color)
-    background_HW3 = draw_background(rng, position_N, position_N)
+    background_HW3 = draw_background(rng, y_H / frame[1], x_W / frame[0])
     video_THW3 = alpha_THW1 * shape_rgb + (1 - alpha_THW1) * background_HW3
     return np.round(255 * np.clip(video_THW3, 0, 1)).astype(np.uint8)
 
@@ -115,7 +122,7 @@ def write_dataset(
     combinations: tuple[tuple[str, str, str], ...],
     seed: int,
     n_frames: int,
-    resolution: int,
+    resolution: int | tuple[int, int],
     fps: float,
     n_captions: int,
 ) -> bool:
@@ -135,7 +142,7 @@ def write_dataset(
         "combinations": [list(combination) for combination in combinations],
         "seed": seed,
         "n_frames": n_frames,
-        "resolution": resolution,
+        "resolution": resolution if isinstance(resolution, int) else list(resolution),
         "fps": fps,
         "n_captions": n_captions,
     }
@@ -151,6 +158,11 @@ def write_dataset(
         return entry, lambda: render(rng, *combination, n_frames, resolution)
 
     return made_videos.write(folder, make, params)
+
+
+def _sides(resolution):
+    """(height, width)."""
+    return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
 
 
 def _check_combination(color, shape, direction):

@@ -1,11 +1,13 @@
 """Where a video cuts from one shot to the next: PySceneDetect's work (the extra `scenes`)."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import numpy as np
 
 from opensora_jax.data import video_io
+from opensora_jax.data.video_window import Timeline
 
 _SIDE = 256  # pixels of the longer side that is looked at
 
@@ -41,3 +43,13 @@ def cuts(path: Path, size: tuple[int, int], fps: float | None = None) -> list[in
         # Any rate: it counts frames.
         found += detector.process_frame(FrameTimecode(k, fps=25.0), bgr_HWC)
     return [cut.frame_num for cut in found]
+
+
+def of_timeline(timeline: Timeline, size: tuple[int, int]) -> list[range]:
+    """The frames of each shot of a video of this (height, width), as `cuts` parts them."""
+    if timeline.pts is None:  # so that its frames cannot be told but by reading them
+        starts = cuts(timeline.path, size, timeline.fps)
+    else:
+        starts = np.searchsorted(timeline.frames, cuts(timeline.path, size)).tolist()
+    edges = sorted({0, *starts, len(timeline)})
+    return [range(a, b) for a, b in itertools.pairwise(edges)]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -227,7 +228,7 @@ class Generator:
             if size < 1 or size % factor:
                 raise ValueError(f"{name}={size}: expected a positive multiple of {factor}")
             grid[i] = size // d.downsample[i]
-        if not any(_contains(trained, grid) for trained in self.grids):
+        if not self._knows(grid):
             t, h, w = self.pixels(grid)
             largest = [
                 a for a in self.grids if not any(_contains(b, a) for b in self.grids if b != a)
@@ -235,9 +236,16 @@ class Generator:
             known = " and ".join("{} frames of {} x {}".format(*self.pixels(g)) for g in largest)
             raise ValueError(
                 f"frames={t}, height={h}, width={w}: this model was trained on up to {known} and "
-                "knows no positions beyond: expected no more"
+                "knows no positions beyond: expected no more of any, and no more in all"
             )
         return tuple(grid)
+
+    def _knows(self, grid: Sequence[int]) -> bool:
+        """Whether a grid reaches no further along any axis, and holds no more in all, than some
+        that were trained on: so a model of several aspect ratios draws others."""
+        furthest = np.max(self.grids, axis=0)
+        most = max(map(math.prod, self.grids))
+        return _contains(furthest, grid) and math.prod(grid) <= most
 
     @property
     def grids(self) -> list[tuple[int, int, int]]:
@@ -248,7 +256,8 @@ class Generator:
     def longest(self, height: int | None = None, width: int | None = None) -> int:
         """Most latent frames of a video of this size; None stands for the training size."""
         _, h, w = self.latent_grid(self.windows.least, height, width)
-        return max(grid[0] for grid in self.grids if _contains(grid, (1, h, w)))
+        furthest = max(t for t, _, _ in self.grids)
+        return next(t for t in range(furthest, 0, -1) if self._knows((t, h, w)))
 
     def pixels(self, grid: Sequence[int]) -> tuple[int, int, int]:
         """Frames, height and width of a video of these latents."""

@@ -1,8 +1,8 @@
 """The training of a DiT without data, for what measures or plans it.
 
 The sizes are those that the configuration's videos and captions have: latents by
-`preprocess.resolution`, `dit.n_latent_frames` and the VQ-VAE's strides, texts by `dit.text_length`
-and `bench.text_width`.
+`preprocess.buckets` or `preprocess.resolution` and `dit.n_latent_frames`, and the VQ-VAE's strides,
+texts by `dit.text_length` and `bench.text_width`.
 """
 
 import math
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.build import networks
 from opensora_jax.build import training as build
+from opensora_jax.data.buckets import AUTO, parse
 from opensora_jax.tasks.dit import Latents
 
 # CLIP's longest text, for configurations that leave the length to the data.
@@ -28,6 +29,10 @@ def latent_grid(config: ConfigDict) -> tuple[int, int, int]:
     _, h, w = config.vqvae.downsample
     windows = networks.vqvae_windows(config.vqvae)
     n_frames = int(np.max(config.dit.n_latent_frames)) or windows.latents(windows.frames)
+    if config.preprocess.buckets not in ("", AUTO):
+        sizes = parse(config.preprocess.buckets)
+        grids = [(max(1, windows.latents(s.n_frames)), s.height // h, s.width // w) for s in sizes]
+        return max(grids, key=math.prod)
     resolution = int(np.max(config.preprocess.resolution))
     return n_frames, resolution // h, resolution // w
 

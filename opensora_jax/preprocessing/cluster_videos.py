@@ -72,7 +72,7 @@ def encode_videos(
             batch_size=job.batch_size,
             batch_format="pyarrow",
             fn_constructor_args=(
-                *(job.vqvae, job.settings["window"], job.batch_size),
+                *(job.vqvae, job.window, job.batch_size),
                 job.settings.get("tile"),
             ),
             **on_accelerators(),

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from opensora_jax import files
+from opensora_jax.data.buckets import parse
 from opensora_jax.data.clips import Clip, Decoding, Failed, Filtered, LeftOut, Outcome
 from opensora_jax.data.looks import FIGURES
 from opensora_jax.data.on_disk import Entries
@@ -31,6 +32,14 @@ CURATION = (
 
 class PreprocessError(ValueError):
     """The arguments do not fit each other, or the output folder."""
+
+
+class NothingKeptError(PreprocessError):
+    """Not one video could be kept; `left_out` says why, as metadata.json does."""
+
+    def __init__(self, output: epath.PathLike, left_out: dict[str, list[dict[str, str]]]):
+        super().__init__(f"{output}: not one video could be kept: remove it to try again")
+        self.left_out = left_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +78,26 @@ class Job:
         return height, width
 
     @property
+    def window(self) -> int:
+        """Frames that are encoded at once: of a bucket of shorter clips those of one, where the
+        tokenizer is causal, since what would follow changes nothing."""
+        window, n_frames = self.settings["window"], self.settings["n_frames"]
+        return min(window, n_frames) if n_frames and self.model.causal else window
+
+    @property
     def cuts(self) -> bool:
         """Whether a video may be several clips."""
-        return "clip_frames" in self.settings or "split_scenes" in self.settings
+        is_cut = "clip_frames" in self.settings or "split_scenes" in self.settings
+        return is_cut and not self.decoding.images
 
     @property
     def decoding(self) -> Decoding:
         keys = ("fps", "max_frames", "n_frames", *CURATION)
         sizes = {key: self.settings[key] for key in keys if key in self.settings}
-        return Decoding(tuple(self.settings["resolution"]), **sizes, windows=self.windows)
+        images = "bucket" in self.settings and parse(self.settings["bucket"])[0].is_image
+        return Decoding(
+            tuple(self.settings["resolution"]), **sizes, windows=self.windows, images=images
+        )
 
 
 @dataclasses.dataclass(frozen=True)

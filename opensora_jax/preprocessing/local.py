@@ -123,7 +123,7 @@ class _Batches:
 
     def __init__(self, job: jobs.Job, pool: ThreadPoolExecutor):
         tile = job.settings.get("tile")
-        self._encoder = WindowEncoder(job.model, job.settings["window"], job.batch_size, tile)
+        self._encoder = WindowEncoder(job.model, job.window, job.batch_size, tile)
         self._pool = pool
         self._waiting: list[tuple[int, Window]] = []
         self._under_way: tuple[list[tuple[int, Window]], Future] = [], pool.submit(list)

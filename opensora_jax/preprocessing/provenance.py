@@ -35,8 +35,17 @@ def location(name_or_folder):
 
 def command(captions, videos, output, vqvae, text_model, settings, engine, strict, timeout):
     """The command line that goes on with this dataset."""
+    if "bucket" in settings:
+        # What made all buckets together.
+        output = epath.Path(output).parent
+        size = ["--buckets", settings["buckets"]]
+        for key in ("bucket_tokens", "patch"):
+            size += [f"--{key}", settings[key]] if key in settings else []
+        settings = {**settings, "n_frames": settings.get("most_frames")}
+    else:
+        size = ["--resolution", *settings["resolution"]]
     words = ["python", "data_prep/preprocess_data.py", "-c", captions, "-v", videos, "-o", output]
-    words += ["--vqvae", vqvae, "--text_model", text_model, "--resolution", *settings["resolution"]]
+    words += ["--vqvae", vqvae, "--text_model", text_model, *size]
     for key in ("fps", "max_frames", "n_frames", "window", "videos_per_part"):
         words += [f"--{key}", settings[key] or 0]
     words += ["--flat"] if "flat" in settings else []

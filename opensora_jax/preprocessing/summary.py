@@ -8,7 +8,7 @@ from opensora_jax import files
 from opensora_jax.data import dataset_writer
 from opensora_jax.data.looks import FIGURES
 from opensora_jax.data.survey import by_reason
-from opensora_jax.preprocessing.job import Job, Made, PreprocessError, n_entries
+from opensora_jax.preprocessing.job import Job, Made, NothingKeptError, n_entries
 
 DRY_RUN = "dry_run.json"
 
@@ -64,7 +64,7 @@ def finish(job: Job, metadata: dict[str, Any], made: Made) -> None:
     """Completes the dataset, and tells what is in it.
 
     Raises:
-      PreprocessError: nothing is.
+      NothingKeptError: nothing is.
     """
     output, found = job.output, counted(job, made.records)
     if found["counts"]["kept"]:
@@ -78,7 +78,7 @@ def finish(job: Job, metadata: dict[str, Any], made: Made) -> None:
         print(f"preprocess: {output}: {n_rows} rows of {_kept(found)}")
     _tell(found)
     if not found["counts"]["kept"]:
-        raise PreprocessError(f"{output}: not one video could be kept: remove it to try again")
+        raise NothingKeptError(output, {kind: found[kind] for kind in ("filtered", "failed")})
 
 
 def _kept(found):

@@ -66,11 +66,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     sets = [dataset.open_dataset(path, streaming) for path in folders]
     _expect_alike(sets)
     data, mesh = sets[0], mesh_lib.make_mesh(config.mesh)
-    lengths = np.atleast_1d(
-        c.n_latent_frames or (begun.latent_grid[0] if begun else _usual_frames(data))
-    )
     text_length = c.text_length or max(int(part.index.text_lengths.max()) for part in sets)
-    training_part, validation_part = _buckets(c, sets, [int(n) for n in lengths], mesh)
+    training_part, validation_part = _buckets(c, sets, _lengths(c, sets, begun), mesh)
     grids = [bucket.grid for bucket in training_part]
     for grid in grids:
         build.check_patch(c, grid)
@@ -195,7 +192,6 @@ def _expect_alike(sets: Sequence[LatentDataset]) -> None:
             "vqvae_fingerprint",
             "text_model",
             "downsample",
-            "fps",
             "window",
             "causal",
             "tile",
@@ -208,27 +204,55 @@ def _expect_alike(sets: Sequence[LatentDataset]) -> None:
                 )
         if not np.array_equal(first.codebook, other.codebook):
             raise DatasetError(f"{other.folder}: expected the codebook of {first.folder}")
+        one, two = first.metadata["fps"], other.metadata["fps"]
+        if one != two and not (_keeps_rates(first) and _keeps_rates(other)):
+            raise DatasetError(f"{other.folder}: fps={two}: expected {one}, as in {first.folder}")
+
+
+def _keeps_rates(data: LatentDataset) -> bool:
+    """Whether each video has the frames a second of its file."""
+    return data.metadata.get("settings", {}).get("fps", 0) is None
+
+
+def _is_bucket(data: LatentDataset) -> bool:
+    return "bucket" in data.metadata.get("settings", {})
+
+
+def _lengths(
+    c: ConfigDict, sets: Sequence[LatentDataset], begun: DiTDescription | None
+) -> list[list[int]]:
+    """Latent frames of the examples of each dataset, one or several lengths; what is asked for cuts
+    the clips of a bucket, which keep their length where they are shorter."""
+    if c.n_latent_frames:
+        asked = np.atleast_1d(c.n_latent_frames).tolist()
+        own = [
+            int(part.index.video_frames.max()) if _is_bucket(part) else max(asked) for part in sets
+        ]
+        return [list(dict.fromkeys(min(n, most) for n in asked)) for most in own]
+    if begun and len(sets) == 1:
+        return [[begun.latent_grid[0]]]
+    return [[_usual_frames(part)] for part in sets]
 
 
 def _buckets(
-    c: ConfigDict, sets: Sequence[LatentDataset], lengths: Sequence[int], mesh: Mesh
+    c: ConfigDict, sets: Sequence[LatentDataset], lengths: Sequence[Sequence[int]], mesh: Mesh
 ) -> tuple[list[pipeline.Bucket], list[pipeline.Bucket]]:
-    """(training, validation): every dataset at every length, all batches of about as many tokens.
+    """(training, validation): every dataset at its lengths, all batches of about as many tokens.
 
     The largest size has batches of `dit.batch_size`, smaller ones larger batches.
     """
-    n_tokens = {(part.grid, n): n * math.prod(part.grid) for part in sets for n in lengths}
+    sized = [(part, n) for part, of in zip(sets, lengths, strict=True) for n in of]
+    most = max(n * math.prod(part.grid) for part, n in sized)
     multiple = mesh.shape["data"] * mesh.shape["fsdp"] * c.accumulate
     found = [], []
-    for part in sets:
-        for n in lengths:
-            size = c.batch_size * max(n_tokens.values()) // n_tokens[part.grid, n]
-            share = build.local_share(mesh, max(size // multiple, 1) * multiple)
-            split = _usable_rows(part, n, c.validation_share)
-            for buckets, rows in zip(found, split, strict=True):
-                if len(rows):
-                    bucket = pipeline.Bucket(part, rows, n, **share, stride=part.window_latents)
-                    buckets.append(bucket)
+    for part, n in sized:
+        size = c.batch_size * most // (n * math.prod(part.grid))
+        share = build.local_share(mesh, max(size // multiple, 1) * multiple)
+        split = _usable_rows(part, n, c.validation_share)
+        for buckets, rows in zip(found, split, strict=True):
+            if len(rows):
+                bucket = pipeline.Bucket(part, rows, n, **share, stride=part.window_latents)
+                buckets.append(bucket)
     return found
 
 
@@ -240,11 +264,12 @@ def _extent(grids: Sequence[tuple[int, int, int]], patch: int) -> tuple[int, int
 
 def _usual_frames(data: LatentDataset) -> int:
     """Latent frames of an example that most of the data has: the most, in whole windows where there
-    are any, of which `USABLE` of the rows have so many.
+    are any and not all are of one length, of which `USABLE` of the rows have so many.
     """
     frames, window = data.latent_frames, data.window_latents
     n = int(np.quantile(frames, 1 - USABLE, method="lower"))
-    n = n // window * window or n
+    if frames.min() < frames.max():
+        n = n // window * window or n
     left_out = int((frames < n).sum())
     logger.info("dit: dit.n_latent_frames is %d, which suits most of the data", n)
     if left_out:

@@ -24,6 +24,7 @@ from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer
 from opensora_jax.preprocessing import local, summary
 from opensora_jax.preprocessing.job import CURATION, VIDEO_TIMEOUT, Job, PreprocessError
 from opensora_jax.preprocessing.provenance import command, location, sha256, text_model_identity
+from opensora_jax.preprocessing.sorting import Share
 from opensora_jax.windows import WindowError, Windows
 
 ENGINES = ("local", "ray")
@@ -31,7 +32,7 @@ ENGINES = ("local", "ray")
 
 def run(config, workdir: str | os.PathLike) -> None:
     """The stage `preprocess`: makes `workdir/dataset` by `config.data` and `config.preprocess`, or,
-    of several resolutions, a dataset of each.
+    of several resolutions, a dataset of each; of buckets, a folder of them.
 
     Without captions or videos in the config it takes the moving shapes of the stage `shapes`,
     without a VQ-VAE the one of the stage `vqvae`, without a text model a small random one.
@@ -51,28 +52,32 @@ def run(config, workdir: str | os.PathLike) -> None:
         entries = read_captions(captions, columns, strict=strict)
         words = (caption for entry in entries for caption in entry["captions"])
         make_small_text_model(text_model, words)
+    paths = (captions, data.videos or workdir / "shapes" / "train" / "videos")
+    common = {
+        "vqvae": data.vqvae or workdir / "vqvae",
+        "text_model": text_model,
+        "fps": options.fps or None,
+        "max_frames": options.max_frames or None,
+        "n_frames": options.n_frames or None,
+        "window": options.window or None,
+        "tile": options.get("tile", 0) or None,
+        "batch_size": options.batch_size,
+        "videos_per_part": options.videos_per_part,
+        "flat": options.get("flat", False),
+        "columns": columns,
+        "strict": strict,
+        "video_timeout": options.get("video_timeout", VIDEO_TIMEOUT) or None,
+        **{name: options.get(name, 0) for name in CURATION},
+    }
     folders = build.made_datasets(config, workdir)
+    if options.get("buckets"):
+        from opensora_jax.stages.preprocess_buckets import preprocess_buckets  # which calls this
+
+        sizes = {"asked": options.buckets, "bucket_tokens": options.bucket_tokens}
+        preprocess_buckets(*paths, *folders, **sizes, patch=config.dit.patch, **common)
+        return
     for folder, resolution in zip(folders, np.atleast_1d(options.resolution), strict=True):
-        preprocess(
-            captions,
-            data.videos or workdir / "shapes" / "train" / "videos",
-            folder,
-            vqvae=data.vqvae or workdir / "vqvae",
-            text_model=text_model,
-            resolution=int(resolution),
-            fps=options.fps or None,
-            max_frames=options.max_frames or None,
-            n_frames=options.n_frames or None,
-            window=options.window or None,
-            tile=options.get("tile", 0) or None,
-            batch_size=options.batch_size,
-            videos_per_part=options.videos_per_part,
-            flat=options.get("flat", False),
-            columns=columns,
-            strict=strict,
-            video_timeout=options.get("video_timeout", VIDEO_TIMEOUT) or None,
-            **{name: options.get(name, 0) for name in CURATION},
-        )
+        preprocess(*paths, folder, resolution=int(resolution), **common)
 
 
 def preprocess(
@@ -106,6 +111,7 @@ def preprocess(
     dry_run: bool = False,
     engine: str = "local",
     ray_address: str | None = None,
+    share: Share | None = None,
 ) -> None:
     """Writes the dataset: one row per caption of every video that is kept.
 
@@ -151,14 +157,16 @@ def preprocess(
         `output`/dry_run.json; nothing is encoded.
       engine: `local`: this machine alone; `ray`: a cluster of them.
       ray_address: of the cluster; None: one of this machine alone, for as long as this lasts.
+      share: which entries of the captions to take, for one of several buckets, `resolution` and
+        `n_frames` being its own; None: all.
 
     Raises:
       ValueError: bad arguments, or an output folder made with others or that cannot be written;
         before any video is read. Likewise what loading the VQ-VAE and the text model raises.
-      PreprocessError: in the end, not one video could be kept.
+      NothingKeptError: in the end, not one video could be kept.
     """
-    _check_engine(engine, ray_address, flat, dry_run)
-    _check_output(output, engine)
+    check_engine(engine, ray_address, flat, dry_run)
+    check_output(output, engine)
     if engine == "ray":
         # What accelerators there are is for Ray's workers; this process only tells them what to do.
         jax.config.update("jax_platforms", "cpu")
@@ -190,13 +198,16 @@ def preprocess(
             raise PreprocessError(f"{name}={value}: expected at least 0")
     if split_scenes:
         shots.expect_installed()
-    if clip_frames and n_frames:
+    if clip_frames and n_frames and share is None:
         raise PreprocessError(f"n_frames={n_frames}: expected none with clip_frames={clip_frames}")
     if clip_stride and not clip_frames:
         raise PreprocessError(f"clip_stride={clip_stride}: expected clip_frames with it")
     videos, output = epath.Path(videos), epath.Path(output)
     entries = read_captions(captions, columns, strict=strict)
-    expect_a_video(entries, videos)
+    if share is None:
+        expect_a_video(entries, videos)
+    else:
+        entries = entries.some(share.entries)
     model = load_tokenizer(vqvae)
     window = window or model.n_frames
     length = clip_frames or n_frames  # of each clip
@@ -208,15 +219,16 @@ def preprocess(
         "fps": fps,
         "max_frames": max_frames,
         "n_frames": n_frames,
-        "window": min(window, length) if length else window,
+        "window": min(window, length) if length and share is None else window,
         "videos_per_part": videos_per_part,
         # Which older datasets do not say.
         **({"flat": True} if flat else {}),
         **({"tile": tile} if tile else {}),
         **({"columns": list(columns)} if tuple(columns) != COLUMNS else {}),
         **{name: value for name, value in curation.items() if value},
+        **({"bucket": str(share.size), **share.settings} if share else {}),
     }
-    windows = _windows(settings, model)
+    windows = windows_of(settings, model)
     if _is_done(output, settings, engine):
         print(f"preprocess: {output}: done already")
         return
@@ -278,7 +290,7 @@ def preprocess(
 # -------------------------------------------------------------------- settings and the summary
 
 
-def _check_engine(engine, ray_address, flat, dry_run):
+def check_engine(engine, ray_address, flat, dry_run):
     if engine not in ENGINES:
         raise PreprocessError(f"engine={engine}: expected one of {', '.join(ENGINES)}")
     if engine == "local" and ray_address:
@@ -291,7 +303,7 @@ def _check_engine(engine, ray_address, flat, dry_run):
         raise PreprocessError("engine=ray: Ray is not installed: pip install 'opensora_jax[ray]'")
 
 
-def _check_output(output, engine):
+def check_output(output, engine):
     """Sees before any work that `output` is a folder, or can become one."""
     if files.is_remote(output):
         if engine == "local":
@@ -309,7 +321,7 @@ def _check_output(output, engine):
         raise PreprocessError(f"output={output}: cannot be written: {nearest} is read-only")
 
 
-def _windows(settings, model):
+def windows_of(settings, model):
     """How videos are cut in time, if `settings` fit the tokenizer."""
     t, h, w = model.downsample
     height, width = settings["resolution"]
@@ -323,7 +335,8 @@ def _windows(settings, model):
     except ValueError as error:
         raise PreprocessError(str(error)) from None
     window = settings["window"]
-    name = "clip_frames" if "clip_frames" in settings else "n_frames"
+    is_bucket = "bucket" in settings  # all of which have the same windows
+    name = "clip_frames" if "clip_frames" in settings and not is_bucket else "n_frames"
     n_frames = settings[name]
     key = name if window == n_frames else "window"  # a window by itself
     try:

@@ -54,6 +54,28 @@ def test_each_video_is_a_clip_or_the_reason_why_not_in_order(tmp_path):
     assert [type(found[i]) for i in (3, 4)] == [Failed, Failed]
 
 
+def test_of_images_alone_each_is_as_many_frames_as_there_is_a_latent_for(tmp_path):
+    write_video(tmp_path / "a.mp4", gradient_video(8), fps=8)
+    write_video(tmp_path / "one.mp4", gradient_video(1), fps=8)
+    options = OPTIONS | {"n_frames": 4, "images": True}
+    # It neither moves nor stands still, and clips of videos are not its length.
+    options |= {"min_motion": 0.5, "max_frozen": 0.1, "clip_frames": 8}
+    found = decoded_whole(Decoding(**options), tmp_path, entries(["a.mp4", "one.mp4"]))
+    (video, _), (image, frames) = found
+    assert video == Filtered("a.mp4", "8 frames, expected an image")
+    assert (image.n_frames, image.start) == (4, None)
+    assert frames.shape == (4, 16, 24, 3)
+    assert (frames == frames[0]).all()
+
+
+def test_an_image_is_not_filtered_for_how_it_moves(tmp_path):
+    write_video(tmp_path / "one.mp4", gradient_video(1), fps=8)
+    options = OPTIONS | {"windows": Windows(4, True, 5), "min_motion": 0.5}
+    ((image, frames),) = decoded_whole(Decoding(**options), tmp_path, entries(["one.mp4"]))
+    assert isinstance(image, Clip)
+    assert len(frames) == 1
+
+
 def test_clips_are_resampled_and_cut(tmp_path):
     write_video(tmp_path / "a.mp4", gradient_video(8), fps=8)
     write_video(tmp_path / "b.mp4", gradient_video(3), fps=8)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from opensora_jax.data import moving_shapes, video_io
+from opensora_jax.metrics import shapes
 from opensora_jax.stages import shapes as shapes_stage
 
 SMALL = dict(
@@ -80,6 +81,27 @@ def test_render_keeps_the_shape_inside_and_moves_it(n_frames, resolution):
         areas = saturated.mean((1, 2))
         assert 0.1 < areas.min() <= areas.max() < 0.27
         assert areas.max() < 1.25 * areas.min()
+
+
+@pytest.mark.parametrize("sides", [(24, 48), (56, 32)])
+def test_render_of_other_aspect_ratios_moves_along_all_of_the_frame(sides):
+    travels = {0: [], 1: []}
+    for i, combination in enumerate(moving_shapes.ALL):
+        video = moving_shapes.render(np.random.default_rng(i), *combination, 8, sides)
+        assert video.shape == (8, *sides, 3)
+        saturation = np.ptp(video.astype(int), axis=-1)
+        height, width = np.ptp(np.argwhere(saturation[0] > 70), axis=0) + 1
+        assert 0.7 < height / width < 1.3  # it is no wider than in a square
+        assert 0.35 < max(height, width) / min(sides) < 0.75
+        centers = [np.argwhere(frame > 70).mean(0) for frame in (saturation[0], saturation[-1])]
+        axis = int(combination[2] in ("left", "right"))
+        travels[axis].append(abs(centers[1] - centers[0])[axis] / sides[axis])
+        saturation[:, 1:-1, 1:-1] = 0
+        assert saturation.max() < 0.55 * 255  # the margin is less of a pixel than at 32
+        assert shapes.detect(video) == combination
+    for along in travels.values():
+        assert 0.2 < min(along) < 0.35
+        assert 0.4 < max(along) < 0.55
 
 
 def test_render_varies():

@@ -137,6 +137,51 @@ def test_buckets_take_turns_by_their_batches_and_go_on_where_they_were(data):
             np.testing.assert_array_equal(again[name], array)
 
 
+def of_grid(folder, grid, n_rows):
+    """A dataset of rows that are all of this grid."""
+    rows = [
+        {
+            "video_file": f"video{i}.mp4",
+            "caption": f"caption {i}",
+            "fps": 8.0,
+            "video_latent_states": np.full(grid, i),
+            "text_latent_states": np.full((1, 4), i, np.float32),
+        }
+        for i in range(n_rows)
+    ]
+    dataset_writer.write_part(folder, 0, rows, 50, {"kept": n_rows, "filtered": [], "failed": []})
+    sizes = {"resolution": [4 * n for n in grid[1:]]}
+    dataset_writer.finish_dataset(folder, METADATA | sizes, np.zeros((50, 4), np.float32))
+    return dataset.open_dataset(folder)
+
+
+def test_buckets_of_any_shape_are_the_same_on_any_number_of_processes(tmp_path):
+    """Lengths, heights and widths differ, and a batch has about as many tokens in each."""
+    sizes = {(4, 2, 2): (24, 6), (4, 1, 4): (12, 6), (2, 2, 4): (12, 6), (1, 2, 4): (24, 12)}
+    sets = {grid: of_grid(tmp_path / str(grid), grid, n) for grid, (n, _) in sizes.items()}
+
+    def batches(part, of):
+        found = []
+        for grid, (n_rows, batch) in sizes.items():
+            indices = None if of == 1 else range(part * batch // of, (part + 1) * batch // of)
+            found.append(pipeline.Bucket(sets[grid], np.arange(n_rows), grid[0], batch, indices))
+        return pipeline.latents(found, text_length=1, seed=3)
+
+    n = sum(n_rows // batch for n_rows, batch in sizes.values())  # an epoch
+    whole = draw(batches(0, 1), n)
+    assert {batch["codes"].size for batch in whole} == {96}
+    shapes = [batch["codes"].shape[1:] for batch in whole]
+    assert {grid: shapes.count(grid) * sizes[grid][1] for grid in sizes} == {
+        grid: n_rows for grid, (n_rows, _) in sizes.items()
+    }
+    for of in (2, 3):
+        parts = [draw(batches(part, of), n) for part in range(of)]
+        for batch, *pieces in zip(whole, *parts, strict=True):
+            for name, array in batch.items():
+                together = np.concatenate([piece[name] for piece in pieces])
+                np.testing.assert_array_equal(together, array)
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     """Six videos, each of one gray; the third is no video and the fifth too short."""

@@ -7,6 +7,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.tokenizer import WindowEncoder, decode, fingerprint, load_tokenizer
 from opensora_jax.stages.preprocess import PreprocessError, preprocess
+from opensora_jax.stages.preprocess_buckets import preprocess_buckets
 
 ROOT = Path(__file__).parents[2]
 TRAINING = (
@@ -100,6 +102,30 @@ def test_from_videos_and_images_to_samples(world, tmp_path, n_frames, n_latents,
     np.save(tmp_path / "dit" / "latents.npy", table + 1)
     with pytest.raises(ValueError, match=r"latents\.npy: not the embeddings of model\.json"):
         DiTDescription.read(tmp_path / "dit")
+
+
+@pytest.mark.slow
+def test_images_and_videos_in_buckets_of_one_window(world, tmp_path):
+    """What is shorter than a window is encoded by itself: the codes are those of its begin."""
+    image = video_io.read_video(world / "videos" / "0.mp4")[0]
+    iio.imwrite(world / "videos" / "still.png", image)
+    entries = [{"file": name, "captions": ["a red circle"]} for name in ("0.mp4", "still.png")]
+    (tmp_path / "captions.json").write_text(json.dumps(entries))
+    models = {"vqvae": world / "cosmos", "text_model": world / "text"}
+    buckets = ("17x16x24", "1x16x24")
+    preprocess_buckets(
+        *(tmp_path / "captions.json", world / "videos", tmp_path / "out"),
+        **(models | {"asked": ",".join(buckets)}),
+    )
+    video, still = (dataset.open_dataset(tmp_path / "out" / name) for name in buckets)
+    assert (video.windows, video.grid) == (still.windows, still.grid)
+    codes = still[0]["video_latent_states"]
+    assert codes.shape == (1, 2, 3)
+    model = load_tokenizer(world / "cosmos")
+    encoder = WindowEncoder(model, 17, 1)
+    encoder.add(np.repeat(image[None], 17, axis=0))
+    np.testing.assert_array_equal(encoder.finish()[0][:1], codes)
+    assert decode(model, codes[None], 17).shape == (1, 1, 16, 24, 3)
 
 
 def test_longer_videos_in_windows_of_their_own(world, tmp_path):

@@ -16,13 +16,13 @@ import pytest
 from flax import nnx
 
 from configs import default
+from opensora_jax import files, rngs
 from opensora_jax import mesh as mesh_lib
-from opensora_jax import rngs
 from opensora_jax.build import training as build
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.convert import torch_file
 from opensora_jax.convert.dit import open_blocks
-from opensora_jax.data import dataset_writer
+from opensora_jax.data import dataset, dataset_writer
 from opensora_jax.data.dataset_writer import write_part
 from opensora_jax.diffusion.samplers import Sampling
 from opensora_jax.inference.generator import DiTDescription, Generator
@@ -173,6 +173,28 @@ def test_one_model_learns_several_sizes(data, tmp_path):
     config.dit.steps = 32
     stage.run(config, tmp_path / "run")
     assert checkpoint.latest_step(folder) == 32
+
+
+def test_a_folder_of_buckets_is_trained_on_whole_each_at_its_own_length(tmp_path):
+    grids = {"4x8x16": (2, 4, 8), "4x16x8": (2, 8, 4), "1x12x12": (1, 6, 6), "6x8x8": (3, 4, 4)}
+    for name, grid in grids.items():
+        write_dataset(tmp_path / name, grid, window=4, settings={"bucket": name})
+    config = make_config(tmp_path, validation_share=0.0)
+    listed = {"complete": False, "datasets": list(grids)}
+    files.write_json(tmp_path / "buckets.json", listed)
+    with pytest.raises(ValueError, match=r'buckets\.json: no "complete": true: not finished'):
+        stage.run(config, tmp_path / "run")
+    files.write_json(tmp_path / "buckets.json", {**listed, "complete": True})
+    sets = [dataset.open_dataset(path) for path in build.dataset_folders(config, tmp_path)]
+    lengths, mesh = stage._lengths(config.dit, sets, None), mesh_lib.make_mesh(config.mesh)
+    training, validation = stage._buckets(config.dit, sets, lengths, mesh)
+    assert [bucket.grid for bucket in training] == list(grids.values())
+    assert not validation
+    # Batches of about as many tokens, on four devices.
+    assert [bucket.batch_size for bucket in training] == [8, 8, 12, 8]
+    for asked, expected in ((2, [[2], [2], [1], [2]]), ((1, 3), [[1, 2], [1, 2], [1], [1, 3]])):
+        config.dit.n_latent_frames = asked
+        assert stage._lengths(config.dit, sets, None) == expected
 
 
 def test_sizes_of_one_training_have_one_tokenizer(data, tmp_path):

@@ -20,9 +20,10 @@ from made_world import (
     write_video,
 )
 
-from opensora_jax.data import dataset
+from opensora_jax.data import bucket_folders, dataset
 from opensora_jax.data.joined import load_joined
 from opensora_jax.preprocessing.job import PreprocessError
+from opensora_jax.stages.preprocess_buckets import preprocess_buckets
 
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
@@ -82,6 +83,26 @@ def expect_same(found, expected):
     others = {"command", "checksum", "files", "engine", "n_texts", "settings"}
     for name in expected.metadata.keys() - others:
         assert found.metadata[name] == expected.metadata[name], name
+
+
+@pytest.mark.slow
+def test_buckets_are_the_same_with_ray(world, tmp_path):
+    """Of square videos of many lengths, two sizes."""
+    words = command(world, world / "captions.json", world / "videos", tmp_path / "ray")
+    at = words.index("--resolution")
+    words[at : at + 3] = ["--buckets", "16x16x16,8x16x16"]
+    assert "4 kept, 1 filtered, 3 failed" in finish(start(words))
+    models = {"vqvae": world / "vqvae", "text_model": world / "text_model"}
+    preprocess_buckets(
+        *(world / "captions.json", world / "videos", tmp_path / "local"),
+        **(models | {"asked": "16x16x16,8x16x16", "window": 8, "videos_per_part": 1}),
+    )
+    folders = bucket_folders.datasets(tmp_path / "local")
+    assert len(folders) == 2
+    for folder in folders:
+        expect_same(tmp_path / "ray" / folder.name, folder)
+    one, other = (bucket_folders.read(tmp_path / name) for name in ("ray", "local"))
+    assert one == other
 
 
 def wait_for(path, process):
