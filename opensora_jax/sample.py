@@ -11,6 +11,7 @@ dit.conditioning=frames they may begin with an image, or go on with a video:
 """
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -18,20 +19,10 @@ from typing import Any
 from etils import epath
 
 from opensora_jax import cli, files
+from opensora_jax.diffusion.sampling import Sampling
 
-# Those of configs/default.py, for models whose checkpoints say nothing of `config.sample`.
-DEFAULTS = {
-    "steps": 50,
-    "sampler": "auto",
-    "eta": 0.0,
-    "guidance": 4.0,
-    "guidance_from": 0.0,
-    "guidance_to": 1.0,
-    "guidance_rescale": 0.0,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "choice_temperature": 4.5,
-}
+# For models whose checkpoints say nothing of `config.sample`.
+DEFAULTS = dataclasses.asdict(Sampling())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from opensora_jax import runtime
     from opensora_jax.data import video_io
-    from opensora_jax.diffusion.samplers import Sampling
     from opensora_jax.inference import frames
     from opensora_jax.inference.generator import Generator
 

@@ -12,7 +12,7 @@ import pytest
 
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import dataset, moving_shapes
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer

@@ -18,7 +18,7 @@ from opensora_jax import cli, sample
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import video_io
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.models.dit import PLAIN

@@ -13,7 +13,7 @@ from opensora_jax import mesh as mesh_lib
 from opensora_jax import sample
 from opensora_jax.data import moving_shapes, video_io
 from opensora_jax.diffusion.on_embeddings import RectifiedFlow
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 from opensora_jax.inference.frames import Canvas, Given
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model

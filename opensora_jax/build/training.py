@@ -23,7 +23,7 @@ from opensora_jax.data import bucket_folders
 from opensora_jax.data.streaming import Streaming
 from opensora_jax.diffusion import objectives
 from opensora_jax.diffusion.objective import Objective
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 from opensora_jax.models import dit, flops
 from opensora_jax.models.dit import DiTConfig
 from opensora_jax.models.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import jax
 import numpy as np
 
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ import numpy as np
 
 from opensora_jax.diffusion import discrete, flow
 from opensora_jax.diffusion.objective import Codes, Network, Sizes, sampler_of
-from opensora_jax.diffusion.samplers import TIME_SCALE, Sampling
+from opensora_jax.diffusion.samplers import TIME_SCALE
+from opensora_jax.diffusion.sampling import Sampling
 
 CODE_HEADS = ("auto", "joint", "factorized")
 

@@ -19,7 +19,7 @@ from opensora_jax.checkpoint import manager as checkpoint
 from opensora_jax.data import pipeline, video_io
 from opensora_jax.diffusion import objectives
 from opensora_jax.diffusion.objective import Objective
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import WindowEncoder, decode, load_tokenizer
 from opensora_jax.mesh import PyTree

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.diffusion import samplers
 from opensora_jax.diffusion.objective import Network, Objective
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 from opensora_jax.mesh import PyTree
 from opensora_jax.models.codebook import nearest_codes
 from opensora_jax.models.dit import PLAIN, DiT, DiTConfig, Execution

@@ -10,7 +10,8 @@ import pytest
 from opensora_jax.diffusion import discrete
 from opensora_jax.diffusion.objective import Network
 from opensora_jax.diffusion.on_codes import Masked, Metric
-from opensora_jax.diffusion.samplers import TIME_SCALE, Sampling
+from opensora_jax.diffusion.samplers import TIME_SCALE
+from opensora_jax.diffusion.sampling import Sampling
 from opensora_jax.models.fsq import FSQ
 from opensora_jax.tasks.dit import Latents
 

@@ -9,7 +9,7 @@ import pytest
 
 from opensora_jax.diffusion import ddpm, flow
 from opensora_jax.diffusion.objectives import DDPM, RectifiedFlow
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 
 
 def normal(seed, *shape):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opensora_jax.diffusion import flow, samplers
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 
 MEAN, STD = np.array([2.0, -1.0, 0.0], np.float32), np.array([0.5, 1.0, 0.1], np.float32)
 

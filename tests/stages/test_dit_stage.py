@@ -24,7 +24,7 @@ from opensora_jax.convert import torch_file
 from opensora_jax.convert.dit import open_blocks
 from opensora_jax.data import dataset, dataset_writer
 from opensora_jax.data.dataset_writer import write_part
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.text_encoder import TextEncoder

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opensora_jax.diffusion.objectives import DDPM
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 from opensora_jax.models.dit import DiTConfig
 from opensora_jax.models.fsq import FSQ
 from opensora_jax.tasks.dit import DiTTask, Latents

@@ -9,7 +9,7 @@ import pytest
 
 from opensora_jax.diffusion.on_codes import Masked, Metric
 from opensora_jax.diffusion.on_embeddings import DDPM, RectifiedFlow
-from opensora_jax.diffusion.samplers import Sampling
+from opensora_jax.diffusion.sampling import Sampling
 from opensora_jax.models.dit import DiTConfig
 from opensora_jax.tasks import frames
 from opensora_jax.tasks.dit import DiTTask, Latents
