@@ -25,10 +25,10 @@ def get_config() -> ConfigDict:
     # Codes of four frames would halve the DiT's tokens, but take longer to tell shapes.
     c.vqvae.n_frames = 16
     c.vqvae.resolution = 64
-    c.vqvae.steps = 200
+    c.vqvae.steps = 400
     c.vqvae.ema_decay = 0.98
-    c.vqvae.eval_every = 100
-    c.vqvae.checkpoint_every = 50
+    c.vqvae.eval_every = 200
+    c.vqvae.checkpoint_every = 100
 
     c.preprocess.resolution = 64
     c.preprocess.batch_size = 16
