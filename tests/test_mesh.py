@@ -20,7 +20,7 @@ def sizes(**given):
 
 def models(width=32):
     dit = DiTConfig(
-        depth=2, width=width, heads=2, channels=4, out_channels=4, patch=2, text_width=8
+        depth=2, width=width, heads=2, channels=4, out_channels=4, patch=2, text_width=8, n_codes=8
     )
     for text_mode in TEXT_MODES:
         config = dataclasses.replace(dit, text_mode=text_mode)

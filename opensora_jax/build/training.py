@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -19,8 +19,6 @@ from opensora_jax import files, hardware
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.build import networks
 from opensora_jax.convert import vgg
-from opensora_jax.data import bucket_folders
-from opensora_jax.data.streaming import Streaming
 from opensora_jax.diffusion import objectives
 from opensora_jax.diffusion.objective import Objective
 from opensora_jax.diffusion.sampling import Sampling
@@ -31,6 +29,9 @@ from opensora_jax.tasks.dit import DiTTask, Latents
 from opensora_jax.tasks.vqvae import Adversarial, VQVAETask, describe
 from opensora_jax.train import optim
 from opensora_jax.train.settings import LoopSettings, StepSettings, Throughput
+
+if TYPE_CHECKING:
+    from opensora_jax.data.streaming import Streaming
 
 logger = logging.getLogger(__name__)
 
@@ -313,13 +314,17 @@ def dataset_folders(config: ConfigDict, workdir: epath.PathLike) -> list[epath.P
     Raises:
       DatasetError: such a folder is not finished.
     """
+    from opensora_jax.data import bucket_folders  # it brings what a bench does without
+
     names = config.data.dataset
     named = [epath.Path(n) for n in names.split(",")] if names else made_datasets(config, workdir)
     return [folder for name in named for folder in bucket_folders.datasets(name)]
 
 
-def streaming(c: ConfigDict) -> Streaming | None:
+def streaming(c: ConfigDict) -> "Streaming | None":
     """How `config.data` c reads a dataset where it is; None: it does not."""
+    from opensora_jax.data.streaming import Streaming
+
     folder = Path(c.cache_dir) if c.cache_dir else files.cache() / "rows"
     return Streaming(folder, int(c.cache_gb * 1e9)) if c.stream else None
 
