@@ -64,7 +64,7 @@ def start(words, **environment):
 
 
 def finish(process):
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=500)
     assert process.returncode == 0, said
     return said
 
@@ -91,11 +91,12 @@ def test_buckets_are_the_same_with_ray(world, tmp_path):
     words = command(world, world / "captions.json", world / "videos", tmp_path / "ray")
     at = words.index("--resolution")
     words[at : at + 3] = ["--buckets", "16x16x16,8x16x16"]
+    words[words.index("--videos_per_part") + 1] = "4"
     assert "4 kept, 1 filtered, 3 failed" in finish(start(words))
     models = {"vqvae": world / "vqvae", "text_model": world / "text_model"}
     preprocess_buckets(
         *(world / "captions.json", world / "videos", tmp_path / "local"),
-        **(models | {"asked": "16x16x16,8x16x16", "window": 8, "videos_per_part": 1}),
+        **(models | {"asked": "16x16x16,8x16x16", "window": 8, "videos_per_part": 4}),
     )
     folders = bucket_folders.datasets(tmp_path / "local")
     assert len(folders) == 2
