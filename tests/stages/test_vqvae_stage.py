@@ -69,7 +69,7 @@ def test_evaluation_takes_no_more_at_once_than_training(config, tmp_path, monkey
             },
             (4, 8, 8),
         ),
-        (
+        pytest.param(
             {
                 "architecture": "cosmos",
                 "quantizer": "fsq",
@@ -82,6 +82,7 @@ def test_evaluation_takes_no_more_at_once_than_training(config, tmp_path, monkey
                 "n_frames": 7,
             },
             (4, 8, 8),
+            marks=pytest.mark.slow,  # it compiles for a minute
         ),
     ],
     ids=["videogpt", "adversarial", "cosmos"],
