@@ -56,6 +56,10 @@ class _OnCodes:
             raise ValueError("dit.code_head=factorized: expected joint: the codes are of no grid")
         return self.code_head == "joint" or not codes.levels
 
+    def _n_values(self, codes: Codes) -> Sequence[int]:
+        """How many values each distribution is over."""
+        return [len(codes.table)] if self._is_joint(codes) else codes.levels
+
     def sample_levels(self, key, n):
         return flow.shift_times(jax.random.uniform(key, (n,)), self.time_shift)
 
@@ -73,10 +77,12 @@ class _OnCodes:
         evidence: Evidence | None,
     ) -> list[Any]:
         """function(logits, array) of each distribution, of which each array is one's."""
-        tables = [codes.table] if self._is_joint(codes) else codes.digits()
-        sizes = [len(table) for table in tables]
-        outs = [out] if self._is_joint(codes) else jnp.split(out, np.cumsum(sizes)[:-1], axis=-1)
-        seen = discrete.to_digits(evidence.x_t, sizes) if evidence else None
+        is_joint, sizes = self._is_joint(codes), self._n_values(codes)
+        outs = [out] if is_joint else jnp.split(out, np.cumsum(sizes)[:-1], axis=-1)
+        tables, seen = [None] * len(sizes), None
+        if evidence:
+            tables = [codes.table] if is_joint else codes.digits()
+            seen = discrete.to_digits(evidence.x_t, sizes)
 
         def of_positions(table, out, array, *evidence):
             logits = network.to_logits(out) if network.to_logits else out
@@ -86,10 +92,10 @@ class _OnCodes:
             return function(logits, array)
 
         found = []
-        for i, table in enumerate(tables):
+        for i, n in enumerate(sizes):
             more = (seen[i], evidence.beta) if evidence else ()
-            of_head = functools.partial(of_positions, table)
-            found.append(discrete.in_parts(of_head, len(table), outs[i], arrays[i], *more))
+            of_head = functools.partial(of_positions, tables[i])
+            found.append(discrete.in_parts(of_head, n, outs[i], arrays[i], *more))
         return found
 
     def _cross_entropy(
@@ -101,8 +107,7 @@ class _OnCodes:
         evidence: Evidence | None = None,
     ) -> jax.Array:
         """(B, T, H, W) of the codes x by the network's outputs."""
-        sizes = [len(codes.table)] if self._is_joint(codes) else codes.levels
-        digits = discrete.to_digits(x, sizes)
+        digits = discrete.to_digits(x, self._n_values(codes))
         return sum(self._by_head(discrete.cross_entropy, network, codes, out, digits, evidence))
 
     def _draw(
@@ -120,7 +125,7 @@ class _OnCodes:
         def draw(logits, uniform):
             return discrete.draw(logits, uniform, sampling.temperature, sampling.top_p)
 
-        sizes = [len(codes.table)] if self._is_joint(codes) else codes.levels
+        sizes = self._n_values(codes)
         uniforms = [uniform[..., i] for i in range(len(sizes))]
         drawn = self._by_head(draw, network, codes, out, uniforms, evidence)
         digits, logs = zip(*drawn, strict=True)

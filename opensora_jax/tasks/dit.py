@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from opensora_jax import mesh as mesh_lib
-from opensora_jax.diffusion import samplers
+from opensora_jax.diffusion import discrete, samplers
 from opensora_jax.diffusion.objective import Network, Objective
 from opensora_jax.diffusion.sampling import Sampling
 from opensora_jax.mesh import PyTree
@@ -113,11 +113,8 @@ class Latents:
         rows = [np.arange(n) * base for n, base in zip(self.levels, bases, strict=True)]
         if self.channels == len(self.levels):
             tables = [self.table[row, i, None] for i, row in enumerate(rows)]
-            codes = np.arange(len(self.table))
-            again = [
-                table[codes // base % len(table), 0]
-                for table, base in zip(tables, bases, strict=True)
-            ]
+            digits = discrete.to_digits(np.arange(len(self.table)), self.levels)
+            again = [table[digit, 0] for table, digit in zip(tables, digits, strict=True)]
             if np.allclose(np.stack(again, axis=1), self.table, atol=1e-5):
                 return tables
         raise ValueError(

@@ -258,3 +258,12 @@ def test_a_grid_is_asked_for_by_the_factorized_head():
         Metric(code_head="factorized").sizes(Latents(TABLE))
     assert Masked().sizes(Latents(TABLE)).n_codes == 7
     assert Masked().sizes(grid_latents()).n_codes is None
+
+
+def test_masks_need_no_grid_that_is_not_turned():
+    latents, objective = grid_latents(turned=True), Masked()
+    x_1 = jax.random.randint(jax.random.key(0), (2, 2, 4, 4), 0, 24)
+    noise = objective.noise(jax.random.key(1), x_1.shape, latents)
+    flat = knowing(latents, objective, x_1, sharpness=0.0)
+    loss = objective.loss(flat, latents, x_1, noise, jnp.array([1.0, 0.5]))
+    np.testing.assert_allclose(loss, np.log(24), rtol=1e-5)
