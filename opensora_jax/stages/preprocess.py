@@ -170,10 +170,6 @@ def preprocess(
     if engine == "ray":
         # What accelerators there are is for Ray's workers; this process only tells them what to do.
         jax.config.update("jax_platforms", "cpu")
-    if fps is not None:
-        video_io.check_fps(fps)
-    if video_timeout is not None and not 0 < video_timeout < float("inf"):
-        raise PreprocessError(f"video_timeout={video_timeout}: expected a positive number, or None")
     curation = {
         "clip_frames": clip_frames,
         "clip_stride": clip_stride,
@@ -190,12 +186,7 @@ def preprocess(
         "videos_per_part": videos_per_part,
         "batch_size": batch_size,
     }
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise PreprocessError(f"{name}={value}: expected at least 1")
-    for name, value in curation.items():
-        if value < 0:
-            raise PreprocessError(f"{name}={value}: expected at least 0")
+    _check_numbers(fps, video_timeout, counts, curation)
     if split_scenes:
         shots.expect_installed()
     if clip_frames and n_frames and share is None:
@@ -288,6 +279,19 @@ def preprocess(
 
 
 # -------------------------------------------------------------------- settings and the summary
+
+
+def _check_numbers(fps, video_timeout, counts, curation):
+    if fps is not None:
+        video_io.check_fps(fps)
+    if video_timeout is not None and not 0 < video_timeout < float("inf"):
+        raise PreprocessError(f"video_timeout={video_timeout}: expected a positive number, or None")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise PreprocessError(f"{name}={value}: expected at least 1")
+    for name, value in curation.items():
+        if value < 0:
+            raise PreprocessError(f"{name}={value}: expected at least 0")
 
 
 def check_engine(engine, ray_address, flat, dry_run):
