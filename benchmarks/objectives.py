@@ -1,6 +1,6 @@
 """What a DiT is best trained on: its samples by objective and codes, as the training goes on.
 
-    python benchmarks/objectives.py --workdir=runs/objectives --steps=1000
+    python benchmarks/objectives.py --workdir=runs/objectives
 
 The quickstart's videos by two tokenizers, of a learned codebook and of FSQ with as many codes, and
 its DiT with each objective that `VARIANTS` names. All see as many examples by default; with
@@ -129,7 +129,7 @@ def draw_figure(path: Path, curves: dict[str, list[list[dict]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="some of the variants")

@@ -200,9 +200,10 @@ def get_config() -> ConfigDict:
     # Of masked and metric: joint, logits of all codes; factorized, of the values of each dimension of
     # an FSQ tokenizer's codes; auto: factorized where the codes are FSQ's.
     c.dit.code_head = "auto"
-    # Of metric: codes at a noise level t are drawn by softmax(-scale ((1 - t) / t)^power distance).
-    c.dit.beta_scale = 3.0
-    c.dit.beta_power = 0.9
+    # Of metric: codes at a noise level t are drawn by softmax(-scale ((1 - t) / t)^power distance);
+    # URSA's are 3 and 0.9 (docs/objectives.md, Levels).
+    c.dit.beta_scale = 1.0
+    c.dit.beta_power = 1.5
     c.dit.validation_share = 0.02  # share of the videos held back to measure the loss on
     # Examples a step, over all devices; of several sizes those of the largest, and as many tokens of
     # the others.

@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 # What the principal components that "auto" keeps hold of the embeddings' variance.
 VARIANCE = 0.99
-# The shift of times that "auto" stands for, of objectives that nothing is measured for.
-TIME_SHIFTS = {"ddpm": 1.0, "masked": 1.0, "metric": 4.0}
+# The shift of times that "auto" stands for, of objectives whose tokens it is not measured on.
+TIME_SHIFTS = {"ddpm": 1.0, "masked": 1.0, "metric": 6.0}
 
 
 def vqvae_task(c: ConfigDict, start_from: Tokenizer | None = None) -> VQVAETask:
