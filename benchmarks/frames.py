@@ -8,7 +8,8 @@ told the caption of each. Prints a table: PSNR of the kept frames, in the sample
 tokenizer's own reconstruction of the video, whole; the shares of the samples in which the caption's
 direction, color and shape are read, and of longer videos color and shape of the last eight frames
 that were drawn. Videos that go on are cut from some as long as the result, at a half or a third of
-the speed, or the shapes would have nowhere to go. The standard error of a share p of n samples is sqrt(p (1 - p) / n).
+the speed, or the shapes would have nowhere to go. The standard error of a share p of n samples is
+sqrt(p (1 - p) / n).
 """
 
 import argparse

@@ -60,6 +60,9 @@ def get_config() -> ConfigDict:
     c.shapes.n_held_out = 240  # for evaluation, all combinations
     c.shapes.n_frames = 8  # frames a video; of scenes at least 16
     c.shapes.resolution = 32  # pixels, height and width; of scenes at least 48
+    # Instead of these two, frames x height x width of several: "16x64x64,24x48x72"; of each video one
+    # is drawn. Empty: none. Of scenes, which are not cut, `preprocess.buckets` are to be the same.
+    c.shapes.sizes = ""
     c.shapes.fps = 8.0  # frames a second
     c.shapes.n_captions = 3  # captions a video, drawn from the phrasings
 

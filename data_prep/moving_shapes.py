@@ -4,7 +4,7 @@ python data_prep/moving_shapes.py -o shapes --n_videos 1000
 """
 
 from opensora_jax import cli
-from opensora_jax.data import moving_shapes, scenes
+from opensora_jax.data import buckets, moving_shapes, scenes
 
 COMBINATIONS = {
     "all": moving_shapes.ALL,
@@ -31,14 +31,25 @@ def main() -> None:
         help="all, or what the configurations train on (seen), or do not (held_out)",
     )
     add("--seed", type=int, default=0, help="decides everything that is drawn")
-    add("--n_frames", type=int, default=8, help="frames a video")
-    add("--resolution", type=int, default=32, help="height and width in pixels")
+    add("--n_frames", type=int, help="frames a video; without it 8, of scenes 16")
+    add("--resolution", type=int, help="height and width in pixels; without it 32, of scenes 64")
+    add(
+        "--sizes",
+        default="",
+        help="instead of these two, frames x height x width of several, as 16x64x64,24x48x72: of "
+        "each video one is drawn",
+    )
     add("--fps", type=float, default=8, help="frames a second")
     add("--n_captions", type=int, default=3, help="phrasings a video")
     args = vars(parser.parse_args())
 
     folder = args.pop("output_dir")
     world, split = args.pop("world"), args.pop("combinations")
+    args["sizes"] = buckets.parse(args["sizes"]) if args["sizes"] else ()
+    if not args["sizes"]:
+        n_frames, resolution = (16, 64) if world == "scenes" else (8, 32)
+        args["n_frames"] = n_frames if args["n_frames"] is None else args["n_frames"]
+        args["resolution"] = resolution if args["resolution"] is None else args["resolution"]
     if world == "scenes":
         wrote = scenes.write_dataset(folder, split=split, **args)
     else:

@@ -293,6 +293,10 @@ def test_stages_fit_each_other(fields, expected):
         ({"preprocess.n_frames": 8}, "expected 0 or 16: captions of scenes tell of whole videos"),
         ({"dit.n_latent_frames": 1}, "expected 0 or {}: captions of scenes tell of whole videos"),
         ({"shapes.world": "many"}, "expected one of single, scenes"),
+        ({"shapes.sizes": "auto"}, "expected sizes of frames x height x width"),
+        ({"shapes.sizes": "16x63x64"}, "expected sizes of frames x height x width, as"),
+        ({"shapes.sizes": "16x64x64,8x64x64"}, "expected at least 16 frames of 48 x 48"),
+        ({"preprocess.buckets": "8x64x64"}, "expected 16x64x64: captions of scenes tell of whole"),
     ],
     ids=str,
 )
@@ -302,6 +306,19 @@ def test_scenes_are_long_and_large_enough_and_whole(fields, expected):
     whole = 16 // load("world").vqvae.downsample[0]
     assert message.startswith(f"config.{first}={value!r}: {expected.format(whole)}")
     config_lib.check(load("world", dit__n_latent_frames=whole, preprocess__n_frames=16))
+
+
+def test_made_videos_of_several_sizes_are_whole_in_their_buckets():
+    sizes = {"shapes.sizes": "16x64x64,32x48x80"}
+    assert "config.preprocess.buckets='': expected 16x64x64,32x48x80" in refused(
+        load("world", **sizes, **{"vqvae.resolution": 48})
+    )
+    sizes["preprocess.buckets"] = "32x48x80,16x64x64"
+    message = refused(load("world", **sizes))
+    assert message.startswith("config.vqvae.resolution=64: expected at most shapes.sizes=48")
+    config_lib.check(load("world", **sizes, **{"vqvae.resolution": 48}))
+    message = refused(load("world", **sizes, **{"vqvae.resolution": 48, "vqvae.n_frames": 32}))
+    assert "expected at most 16, the frames of shapes.sizes" in message
 
 
 def test_what_scenes_need_is_what_the_rules_say():

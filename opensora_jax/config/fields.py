@@ -115,6 +115,18 @@ def _are_buckets(value: Any) -> bool:
         return False
 
 
+def _is_side(value: Any) -> bool:
+    """Of a made video."""
+    return even.test(value) and value >= 16
+
+
+def _are_made_sizes(value: Any) -> bool:
+    if not _are_buckets(value) or value == buckets.AUTO:
+        return False
+    sizes = buckets.parse(value) if value else ()
+    return all(s.n_frames >= 2 and _is_side(s.height) and _is_side(s.width) for s in sizes)
+
+
 bucket_sizes = Rule(
     _are_buckets, "auto, or sizes of frames x height x width, as 16x96x160,1x128x128, or empty"
 )
@@ -172,7 +184,12 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "n_videos": at_least(1),
         "n_held_out": at_least(1),
         "n_frames": at_least(2),
-        "resolution": Rule(lambda v: even.test(v) and v >= 16, "16 or more, even"),
+        "resolution": Rule(_is_side, "16 or more, even"),
+        "sizes": Rule(
+            _are_made_sizes,
+            "sizes of frames x height x width, as 16x64x64,24x48x72, of 2 frames or more and even "
+            "sides of 16 or more, or empty",
+        ),
         "fps": frame_rate,
         "n_captions": Rule(lambda v: _is_whole(v) and 1 <= v <= 10, "1 to 10"),
     },

@@ -1,5 +1,6 @@
 """What a configuration may hold: each field by itself, then fields and stages together."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -133,31 +134,39 @@ def _check_stages(c: ConfigDict) -> None:
     if "shapes" in c.stages and c.shapes.world == "scenes":
         names = [f"{part}.resolution" for part in ("vqvae", "preprocess") if _uses_shapes(c, part)]
         least = {"shapes.n_frames": SCENES_FRAMES, "shapes.resolution": SCENES_SIDE}
+        if c.shapes.sizes:
+            least = {}
+            if any(
+                size.n_frames < SCENES_FRAMES or min(size.height, size.width) < SCENES_SIDE
+                for size in parse(c.shapes.sizes)
+            ):
+                enough = f"at least {SCENES_FRAMES} frames of {SCENES_SIDE} x {SCENES_SIDE}"
+                raise_invalid(c, "shapes.sizes", f"{enough}, since shapes.world is scenes")
         for name, n in (least | dict.fromkeys(names, SCENES_SIDE)).items():
             if np.min(value_of(c, name)) < n:
                 raise_invalid(c, name, f"at least {n}, since shapes.world is scenes")
     if _uses_shapes(c, "vqvae"):
-        most = _frames_of_shapes(c, c.vqvae.fps)
+        most, name = _frames_of_shapes(c, c.vqvae.fps), _name_of_sizes(c, "n_frames")
         if c.vqvae.n_frames > most:
-            raise_invalid(c, "vqvae.n_frames", f"at most {most}, the frames of shapes.n_frames")
-        if c.vqvae.resolution > c.shapes.resolution:
-            raise_invalid(c, "vqvae.resolution", f"at most shapes.resolution={c.shapes.resolution}")
+            raise_invalid(c, "vqvae.n_frames", f"at most {most}, the frames of {name}")
+        side = min(min(size.height, size.width) for size in _made_sizes(c))
+        if c.vqvae.resolution > side:
+            name = _name_of_sizes(c, "resolution")
+            raise_invalid(c, "vqvae.resolution", f"at most {name}={side}")
     if _uses_shapes(c, "preprocess"):
-        most = _frames_of_shapes(c, c.preprocess.fps)
+        most, of = _frames_of_shapes(c, c.preprocess.fps), _name_of_sizes(c, "n_frames")
         for name in ("n_frames", "clip_frames"):
             if c.preprocess[name] > most:
-                raise_invalid(
-                    c, f"preprocess.{name}", f"at most {most}, the frames of shapes.n_frames"
-                )
+                raise_invalid(c, f"preprocess.{name}", f"at most {most}, the frames of {of}")
         for name in ("n_frames", "clip_frames"):
             if c.shapes.world == "scenes" and 0 < c.preprocess[name] < most:
                 whole = f"0 or {most}: captions of scenes tell of whole videos"
                 raise_invalid(c, f"preprocess.{name}", whole)
+        if c.shapes.world == "scenes":
+            _check_whole_buckets(c)
         is_cut = c.preprocess.n_frames or c.preprocess.clip_frames
         if 0 < c.preprocess.max_frames < most and not is_cut:
-            raise_invalid(
-                c, "preprocess.max_frames", f"0, or at least {most}, the frames of shapes.n_frames"
-            )
+            raise_invalid(c, "preprocess.max_frames", f"0, or at least {most}, the frames of {of}")
     if {"vqvae", "preprocess"} <= set(c.stages):
         if c.data.vqvae:
             raise_invalid(
@@ -176,9 +185,36 @@ def _uses_shapes(c: ConfigDict, stage: str) -> bool:
     return {"shapes", stage} <= set(c.stages) and not c.data.videos
 
 
+def _made_sizes(c: ConfigDict) -> tuple[Size, ...]:
+    """Of the videos that the stage `shapes` makes."""
+    shapes = c.shapes
+    return parse(shapes.sizes or f"{shapes.n_frames}x{shapes.resolution}x{shapes.resolution}")
+
+
+def _name_of_sizes(c: ConfigDict, name: str) -> str:
+    """The field that says the sizes of made videos."""
+    return "shapes.sizes" if c.shapes.sizes else f"shapes.{name}"
+
+
 def _frames_of_shapes(c: ConfigDict, fps: float) -> int:
-    """Of one video at a rate; 0: its own."""
-    return math.ceil(c.shapes.n_frames * (fps or c.shapes.fps) / c.shapes.fps)
+    """Of one video, the shortest, at a rate; 0: its own."""
+    return min(_at_rate(c, size.n_frames, fps) for size in _made_sizes(c))
+
+
+def _at_rate(c: ConfigDict, n_frames: int, fps: float) -> int:
+    return math.ceil(n_frames * (fps or c.shapes.fps) / c.shapes.fps)
+
+
+def _check_whole_buckets(c: ConfigDict) -> None:
+    """Sees that no video is cut: captions of scenes tell of all of it."""
+    whole = [
+        dataclasses.replace(size, n_frames=_at_rate(c, size.n_frames, c.preprocess.fps))
+        for size in _made_sizes(c)
+    ]
+    has_one = not c.shapes.sizes and not c.preprocess.buckets
+    if not has_one and set(_listed_buckets(c)) != set(whole):
+        asked = ",".join(map(str, whole))
+        raise_invalid(c, "preprocess.buckets", f"{asked}: captions of scenes tell of whole videos")
 
 
 def check_codes(

@@ -7,12 +7,13 @@ on these videos can be graded without a person looking at its samples.
 
 import colorsys
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from opensora_jax.data import made_videos
+from opensora_jax.data.buckets import Size
 
 COLORS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
@@ -121,14 +122,18 @@ def write_dataset(
     n_videos: int,
     combinations: tuple[tuple[str, str, str], ...],
     seed: int,
-    n_frames: int,
-    resolution: int | tuple[int, int],
+    n_frames: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
+    sizes: Sequence[Size] = (),
     fps: float,
     n_captions: int,
 ) -> bool:
     """Writes a folder as `made_videos.write` does.
 
-    Video i depends on seed and i only and shows combinations[i % len(combinations)].
+    Video i depends on seed, i and sizes only and shows combinations[i % len(combinations)].
+
+    Args:
+      sizes: instead of `n_frames` and `resolution`: of each video one is drawn.
 
     Returns:
       False if the folder was whole already, True if anything was written.
@@ -141,8 +146,7 @@ def write_dataset(
         "n_videos": n_videos,
         "combinations": [list(combination) for combination in combinations],
         "seed": seed,
-        "n_frames": n_frames,
-        "resolution": resolution if isinstance(resolution, int) else list(resolution),
+        **made_videos.sizes(n_frames, resolution, sizes),
         "fps": fps,
         "n_captions": n_captions,
     }
@@ -155,7 +159,9 @@ def write_dataset(
         phrasings = captions(*combination)
         entry = {"captions": [phrasings[j] for j in chosen]}
         entry |= dict(zip(("color", "shape", "direction"), combination, strict=True))
-        return entry, lambda: render(rng, *combination, n_frames, resolution)
+        size = made_videos.size_of(params, i)
+        frame = (size.height, size.width)
+        return entry, lambda: render(rng, *combination, size.n_frames, frame)
 
     return made_videos.write(folder, make, params)
 

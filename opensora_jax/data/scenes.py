@@ -9,12 +9,13 @@ touch, so that each is one patch; and a speed, a change or a way back is said of
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from opensora_jax.data import made_videos
+from opensora_jax.data.buckets import Size
 from opensora_jax.data.moving_shapes import (
     COLORS,
     DIRECTION_WORDS,
@@ -335,17 +336,20 @@ def write_dataset(
     n_videos: int,
     split: str,
     seed: int,
-    n_frames: int,
-    resolution: int,
+    n_frames: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
+    sizes: Sequence[Size] = (),
     fps: float,
     n_captions: int,
 ) -> bool:
-    """Writes a folder as `made_videos.write` does; video i depends on seed, split and i only.
+    """Writes a folder as `made_videos.write` does; video i depends on seed, split and i only, and
+    on sizes.
 
     Each entry of captions.json has its scene's facts.
 
     Args:
       split: seen, held_out or all.
+      sizes: instead of `n_frames` and `resolution`: of each video one is drawn.
 
     Returns:
       False if the folder was whole already, True if anything was written.
@@ -358,8 +362,7 @@ def write_dataset(
         "n_videos": n_videos,
         "split": split,
         "seed": seed,
-        "n_frames": n_frames,
-        "resolution": resolution,
+        **made_videos.sizes(n_frames, resolution, sizes),
         "fps": fps,
         "n_captions": n_captions,
     }
@@ -371,6 +374,7 @@ def write_dataset(
         phrasings = captions(scene)
         chosen = rng.choice(len(phrasings), n_captions, replace=False)
         entry = {"captions": [phrasings[j] for j in chosen], "facts": scene.facts()}
-        return entry, lambda: render(rng, scene, n_frames, resolution, resolution)
+        size = made_videos.size_of(params, i)
+        return entry, lambda: render(rng, scene, size.n_frames, size.height, size.width)
 
     return made_videos.write(folder, make, params)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from opensora_jax.data import buckets
 from opensora_jax.stages import worlds
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
         "train": (shapes.n_videos, config.seed),
         "held_out": (shapes.n_held_out, config.seed + 1),
     }
+    size = {"n_frames": shapes.n_frames, "resolution": shapes.resolution}
+    if shapes.get("sizes", ""):
+        size = {"sizes": buckets.parse(shapes.sizes)}
     for split, (n_videos, seed) in splits.items():
         folder = split_folder(workdir, split)
         wrote = world.write(
@@ -36,8 +40,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
             split == "train",
             n_videos=n_videos,
             seed=seed,
-            n_frames=shapes.n_frames,
-            resolution=shapes.resolution,
+            **size,
             fps=shapes.fps,
             n_captions=shapes.n_captions,
         )

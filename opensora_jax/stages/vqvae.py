@@ -149,8 +149,10 @@ def evaluation_videos(
     elif not config.data.videos:
         paths, labels = shapes_stage.labelled_videos(config, workdir, "held_out")
     world = worlds.of(config)
-    if labels and world.tells_whole and not _are_whole(config.vqvae, paths[0]):
-        labels = None
+    if labels and world.tells_whole:  # of several sizes, some may be seen whole
+        whole = [i for i, path in enumerate(paths) if _is_whole(config.vqvae, path)]
+        labels = [labels[i] for i in whole] or None
+        paths = [paths[i] for i in whole] or paths
     if not paths:
         kind, paths = "train", training
     paths = paths[:N_EVALUATED]
@@ -162,10 +164,11 @@ def evaluation_videos(
     return kind, EvaluationVideos(clips, fps, labels and [labels[i] for i in usable], world)
 
 
-def _are_whole(c: ConfigDict, path: Path) -> bool:
-    """Whether clips are as long as this video."""
+def _is_whole(c: ConfigDict, path: Path) -> bool:
+    """Whether a clip of this video is all of it."""
     info = video_io.probe(path)
-    return c.n_frames == info.n_frames and (not c.fps or math.isclose(c.fps, info.fps))
+    is_whole = c.n_frames == info.n_frames and info.height == info.width
+    return is_whole and (not c.fps or math.isclose(c.fps, info.fps))
 
 
 class Reconstruction:

@@ -8,7 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from opensora_jax.data import made_videos, scenes, video_io
+from opensora_jax.data import buckets, made_videos, scenes, video_io
+from opensora_jax.metrics import scenes as scenes_metrics
 
 SMALL = dict(seed=3, n_frames=16, resolution=64, fps=8, n_captions=3)
 
@@ -122,6 +123,30 @@ def test_a_dataset_holds_facts_and_depends_on_its_seed_alone(tmp_path):
         assert a == b
     with pytest.raises(ValueError, match=r"params\.json: made with other settings: split"):
         scenes.write_dataset(tmp_path / "a", n_videos=6, **SMALL | {"split": "all"})
+
+
+def test_a_dataset_may_be_of_several_sizes(tmp_path):
+    options = {"split": "all", "seed": 1, "fps": 8.0, "n_captions": 1}
+    sizes = buckets.parse("16x64x64,24x48x72,32x64x48")
+    scenes.write_dataset(tmp_path, n_videos=30, sizes=sizes, **options)
+    params = json.loads((tmp_path / "params.json").read_text())
+    assert params["sizes"] == ["16x64x64", "24x48x72", "32x64x48"]
+    assert not {"n_frames", "resolution"} & set(params)
+    entries = json.loads((tmp_path / "captions.json").read_text())
+    found = {}
+    for entry in entries:
+        info = video_io.probe(tmp_path / "videos" / entry["file"])
+        size = buckets.Size(info.n_frames, info.height, info.width)
+        found.setdefault(size, set()).add(entry["facts"]["category"])
+        video = video_io.read_video(tmp_path / "videos" / entry["file"])
+        assert scenes_metrics.judge(video, entry["facts"])["all"], entry
+    assert set(found) == set(sizes)
+    assert all(len(categories) >= 4 for categories in found.values())  # of any size anything
+    with pytest.raises(ValueError, match="either n_frames and resolution, or several sizes"):
+        scenes.write_dataset(tmp_path / "b", n_videos=3, sizes=sizes, **SMALL | options)
+    few = buckets.parse("8x64x64")
+    with pytest.raises(ValueError, match=r"sizes=.*expected at least 16 frames"):
+        scenes.write_dataset(tmp_path / "b", n_videos=3, sizes=few, **options)
 
 
 @pytest.mark.parametrize("wrong", [{"n_frames": 8}, {"resolution": 32}, {"n_captions": 11}])
