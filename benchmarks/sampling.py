@@ -26,12 +26,12 @@ from opensora_jax.inference.generator import Generator  # noqa: E402
 from opensora_jax.metrics import shapes  # noqa: E402
 
 STEPS = {
-    "euler": (4, 8, 12, 16, 30, 60),
+    "euler": (1, 2, 3, 4, 8, 12, 16, 30, 60),
     "heun": (2, 4, 6, 8, 15),
     "dpm++": (4, 6, 8, 12, 16, 30),
     "ddim": (4, 8, 16, 30, 60),
     "ancestral": (30, 60, 120, 250),
-    "confidence": (4, 8, 12, 16, 30),
+    "confidence": (2, 4, 8, 12, 16, 30),
     "jumps": (8, 12, 16, 30, 60),
 }
 
