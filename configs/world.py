@@ -6,7 +6,10 @@ Generates scenes of 16 frames of 64 x 64 pixels: sizes and speeds, two things an
 other, one to three of them, changes of color, ways back from the border. Trains a tokenizer and a
 small DiT on them, and grades 240 samples by each property (docs/world.md).
 
-Cost: meant for less than an hour of 2 CPU cores.
+Cost: 75 minutes of one CPU core (docs/world.md); on two an hour or less.
+
+Result: every property is read from 100% of the tokenizer's reconstructions; 28% of the samples show
+all of their caption, and 22% of those of combinations that were held out.
 """
 
 from ml_collections import ConfigDict
@@ -34,8 +37,8 @@ def get_config() -> ConfigDict:
     c.preprocess.batch_size = 16
 
     c.dit.batch_size = 8
-    c.dit.steps = 2000
-    c.dit.eval_every = 1000
+    c.dit.steps = 6000
+    c.dit.eval_every = 3000
     c.fidelity.batch_size = 24
 
     c.sample.guidance = 3.0
