@@ -187,8 +187,9 @@ def _uses_shapes(c: ConfigDict, stage: str) -> bool:
 
 def _made_sizes(c: ConfigDict) -> tuple[Size, ...]:
     """Of the videos that the stage `shapes` makes."""
-    shapes = c.shapes
-    return parse(shapes.sizes or f"{shapes.n_frames}x{shapes.resolution}x{shapes.resolution}")
+    if c.shapes.sizes:
+        return parse(c.shapes.sizes)
+    return (Size(c.shapes.n_frames, c.shapes.resolution, c.shapes.resolution),)
 
 
 def _name_of_sizes(c: ConfigDict, name: str) -> str:
