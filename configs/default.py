@@ -194,8 +194,9 @@ def get_config() -> ConfigDict:
     # learned); of codes masked, MaskGIT's, or metric, a path of ever nearer codes
     # (docs/objectives.md).
     c.dit.objective = "flow"
-    # Of flow, what the network gives: velocity, or data (the clean latents, from which the velocity
-    # follows). auto: data where a token holds as many numbers as the network is wide.
+    # What the network gives: of flow velocity, of ddpm noise, or of either data (the clean latents,
+    # from which the others follow). auto: data where a token holds as many numbers as the network is
+    # wide.
     c.dit.prediction = "auto"
     # Of all but ddpm; above 1: more of the noisy times. auto: of flow by how much noise it takes to
     # hide a token.

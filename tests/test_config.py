@@ -151,7 +151,8 @@ def test_numbers_are_finite_of_the_right_type_and_not_negative(name):
         ("dit.beta_scale", 0.0, "a positive number"),
         ("sample.top_p", 0.0, "a number above 0, at most 1"),
         ("sample.temperature", 0.5, "1, since dit.objective is flow"),
-        ("dit.prediction", "noise", "one of auto, velocity, data"),
+        ("dit.prediction", "noise", "one of auto, velocity, data, since dit.objective is flow"),
+        ("dit.prediction", "score", "one of auto, velocity, data, noise"),
         (
             "sample.sampler",
             "ancestral",
@@ -192,7 +193,7 @@ def test_there_are_as_many_phrasings_as_captions_may_be_asked_for():
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("dit.prediction", "data", "auto or velocity"),
+        ("dit.prediction", "velocity", "one of auto, noise, data"),
         ("dit.time_shift", 2.0, "auto or 1"),
         ("sample.steps", 1001, "at most 1000"),
     ],

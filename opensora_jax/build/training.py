@@ -182,11 +182,12 @@ def latents(
 def choose(c: ConfigDict, latents: Latents, code_counts: np.ndarray | None = None) -> ConfigDict:
     """`config.dit` c with "auto" replaced by what suits these latents, and says what it is.
 
-    The prediction is the velocity, which contains the noise, unless a token holds as many numbers
-    as the network is wide: then not all of the noise could pass through it (arXiv:2511.13720). The
-    shift of times puts the middle of the levels where noise hides half of the codes, or further: of
-    n numbers that say the same, noise sqrt(n) times as large is needed to hide it, and half of that
-    is where samples turned out best (docs/performance.md).
+    The prediction is the velocity, which contains the noise, or the noise itself (ddpm), unless a
+    token holds as many numbers as the network is wide: then not all of the noise could pass through
+    it (arXiv:2511.13720). The shift of times of flow puts the middle of the levels where noise
+    hides half of the codes, or further: of n numbers that say the same, noise sqrt(n) times as
+    large is needed to hide it, and half of that is where samples turned out best
+    (docs/performance.md).
 
     Args:
       code_counts: (n_codes,); None: not known, so that nothing can be measured.
@@ -194,23 +195,24 @@ def choose(c: ConfigDict, latents: Latents, code_counts: np.ndarray | None = Non
     c = c.copy_and_resolve_references()
     _, width, _ = networks.dit_size(c)
     numbers = latents.channels * c.patch**2
-    if c.objective != "flow":
-        shift = TIME_SHIFTS[c.objective] if c.time_shift == "auto" else c.time_shift
+    if c.objective != "flow" and c.time_shift == "auto":
         with c.ignore_type():
-            c.update(prediction="velocity", time_shift=shift)
+            c.time_shift = TIME_SHIFTS[c.objective]
+    if c.objective in ("masked", "metric"):
+        c.prediction = "velocity"  # of no account
         return c
+    noisy = "velocity" if c.objective == "flow" else "noise"
     if c.prediction == "auto":
-        c.prediction = "data" if numbers >= width else "velocity"
+        c.prediction = "data" if numbers >= width else noisy
         logger.info(
             "dit.prediction: %s, for tokens of %d numbers in a network of width %d",
             *(c.prediction, numbers, width),
         )
-    elif c.prediction == "velocity" and numbers > width:
+    elif c.prediction == noisy and numbers > width:
         logger.warning(
-            "dit.prediction=velocity: a token holds %d numbers, of which a network of width %d can "
-            "give %d: of the noise in a velocity %.0f%% is out of reach; expected data, or fewer "
-            "dit.components",
-            *(numbers, width, width, 100 * (1 - width / numbers)),
+            "dit.prediction=%s: a token holds %d numbers, of which a network of width %d can give "
+            "%d: of the noise %.0f%% is out of reach; expected data, or fewer dit.components",
+            *(noisy, numbers, width, width, 100 * (1 - width / numbers)),
         )
     if c.time_shift == "auto":
         shift = max(1.0, math.sqrt(numbers) / 2)

@@ -15,7 +15,7 @@ from opensora_jax.build import networks
 from opensora_jax.config.fields import RULES
 from opensora_jax.config.stages import STAGES
 from opensora_jax.data.buckets import AUTO, Size, parse
-from opensora_jax.diffusion import ddpm
+from opensora_jax.diffusion import ddpm, flow
 from opensora_jax.diffusion.objectives import OBJECTIVES
 from opensora_jax.models import attention
 from opensora_jax.windows import WindowError, Windows
@@ -106,8 +106,10 @@ def _check_models(c: ConfigDict) -> None:
     if not c.dit.size and c.dit.width % (2 * c.dit.heads):
         raise_invalid(c, "dit.width", f"an even multiple of dit.heads={c.dit.heads}")
     since = f"since dit.objective is {c.dit.objective}"
-    if c.dit.objective != "flow" and c.dit.prediction not in ("auto", "velocity"):
-        raise_invalid(c, "dit.prediction", f"auto or velocity, {since}")
+    predictions = {"flow": flow.PREDICTIONS, "ddpm": ddpm.PREDICTIONS}
+    known = ("auto", *predictions.get(c.dit.objective, ("velocity",)))
+    if c.dit.prediction not in known:
+        raise_invalid(c, "dit.prediction", f"one of {', '.join(known)}, {since}")
     if c.dit.objective == "ddpm":
         if c.dit.time_shift not in ("auto", 1):
             raise_invalid(c, "dit.time_shift", f"auto or 1, {since}")

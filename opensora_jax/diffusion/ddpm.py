@@ -21,6 +21,10 @@ from opensora_jax.diffusion import samplers
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
 N_STEPS = 1000
+PREDICTIONS = ("noise", "data")
+
+# Below it, noise does not raise the weight of an error of predicted data any more.
+_LEAST_NOISE = 0.05
 
 
 class Schedule(NamedTuple):
@@ -92,6 +96,21 @@ def _mean(values: jax.Array) -> jax.Array:
 def to_data(at: Schedule, x_t: jax.Array, noise: jax.Array) -> jax.Array:
     """x_0 of x_t and its noise."""
     return (x_t - at.noise * noise) / at.signal
+
+
+def noise_of_data(t_B: jax.Array, x_t: jax.Array, output: jax.Array) -> jax.Array:
+    """A `Denoiser`'s output (B, ..., 2 C) of one that gives x_0 in the place of the noise."""
+    at = _at(linear_schedule(), t_B, x_t)
+    x_0, where = jnp.split(output, 2, axis=-1)
+    return jnp.concatenate([(x_t - at.signal * x_0) / at.noise, where], axis=-1)
+
+
+def data_weight(t_B: jax.Array) -> jax.Array:
+    """Of the mean squared errors of the noise (B,), those of the velocity signal noise - noise x_0
+    (Salimans & Ho, arXiv:2202.00512) to those of the noise, which hardly asks what x_0 is where it
+    is hidden; not above 400 times those of x_0."""
+    at = _at(linear_schedule(), t_B, t_B)
+    return jnp.minimum(1, (at.noise / _LEAST_NOISE) ** 2) / at.signal**2
 
 
 def reverse_step(

@@ -21,7 +21,10 @@ def from_fields(fields: Mapping[str, Any]) -> Objective:
     """
     kind = OBJECTIVES[fields["objective"]]
     names = [field.name for field in dataclasses.fields(kind)]
-    return kind(**{name: fields[name] for name in names if name in fields})
+    given = {name: fields[name] for name in names if name in fields}
+    if kind is DDPM and given.get("prediction") == "velocity":
+        given["prediction"] = "noise"  # as older descriptions of all objectives but flow say
+    return kind(**given)
 
 
 def to_fields(objective: Objective) -> dict[str, Any]:

@@ -90,11 +90,16 @@ class DDPM(_OnEmbeddings):
 
     Level t stands for step 1000 t, rounded, of the 1000. Ancestral samples are drawn by the learned
     variance.
+
+    Args:
+      prediction: what the network's output is, one of `ddpm.PREDICTIONS`; of data the error is that
+        of the velocity, as of `RectifiedFlow`.
     """
 
     name: ClassVar[str] = "ddpm"
     outputs: ClassVar[int] = 2
     samplers: ClassVar[tuple[str, ...]] = ("ddim", "ancestral", "dpm++")
+    prediction: str = "noise"
 
     def sample_levels(self, key, n):
         return jax.random.randint(key, (n,), 0, ddpm.N_STEPS) / ddpm.N_STEPS
@@ -104,6 +109,8 @@ class DDPM(_OnEmbeddings):
         error, bound = ddpm.loss(
             ddpm.linear_schedule(), self._denoiser(network), x_0, noise, step_B
         )
+        if self.prediction == "data":
+            error *= ddpm.data_weight(step_B)
         return error + bound
 
     def denoise(self, network, noise, sampling, draw=None):
@@ -117,4 +124,8 @@ class DDPM(_OnEmbeddings):
         return ddpm.dpm_solver(schedule, denoise, noise)
 
     def _denoiser(self, network):
-        return lambda x, step_B: network(x, step_B.astype(jnp.float32))
+        def denoise(x, step_B):
+            out = network(x, step_B.astype(jnp.float32))
+            return ddpm.noise_of_data(step_B, x, out) if self.prediction == "data" else out
+
+        return denoise

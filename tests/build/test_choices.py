@@ -80,7 +80,7 @@ def test_what_cannot_represent_its_target_is_told(caplog):
     assert (
         "a token holds 1024 numbers, of which a network of width 768 can give 768" in record.message
     )
-    assert "25% is out of reach" in record.message
+    assert "of the noise 25% is out of reach" in record.message
 
 
 def test_a_training_that_was_begun_keeps_what_it_has():

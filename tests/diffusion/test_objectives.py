@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opensora_jax.diffusion import ddpm, flow
+from opensora_jax.diffusion import ddpm, flow, objectives
 from opensora_jax.diffusion.objectives import DDPM, RectifiedFlow
 from opensora_jax.diffusion.sampling import Sampling
 
@@ -31,6 +31,23 @@ def test_ddpm_trains_on_error_and_bound_at_a_thousandth_of_a_level():
     np.testing.assert_allclose(loss, sum(both), rtol=1e-6)
 
 
+def test_ddpm_by_predicted_data_trains_on_the_error_of_the_velocity():
+    x_0, noise, output = normal(0, 5, 2, 3), normal(1, 5, 2, 3), normal(2, 5, 2, 6)
+    levels = jnp.array([0.1, 0.3, 0.5, 0.7, 0.999])
+    loss = DDPM(prediction="data").error(lambda *_: output, x_0, noise, levels)
+    schedule = ddpm.linear_schedule()
+    step_B = jnp.round(1000 * levels).astype(int)
+    signal, sigma = (a[step_B][:, None, None] for a in (schedule.signal, schedule.noise))
+    said = (signal * x_0 + sigma * noise - signal * output[..., :3]) / sigma
+    velocity = [signal * e - sigma * x for e, x in ((said, output[..., :3]), (noise, x_0))]
+    error = np.mean((velocity[0] - velocity[1]) ** 2, axis=(1, 2))
+    there = np.concatenate([said, output[..., 3:]], axis=-1)
+    _, bound = ddpm.loss(schedule, lambda *_: there, x_0, noise, step_B)
+    np.testing.assert_allclose(loss, error + bound, rtol=1e-4)
+    # Next to the data, where noise is 0.01, an error counts 400 times, and not 10,000.
+    assert ddpm.data_weight(jnp.zeros(1, int)) == pytest.approx(0.04, rel=0.01)
+
+
 def test_ddpm_trains_on_all_steps_alike():
     levels = DDPM().sample_levels(jax.random.key(0), 100_000)
     steps = np.asarray(levels * ddpm.N_STEPS)
@@ -41,7 +58,8 @@ def test_ddpm_trains_on_all_steps_alike():
     assert 50 < counts.min() < counts.max() < 150
 
 
-def test_ddpm_samples_what_an_exact_network_knows():
+@pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
+def test_ddpm_samples_what_an_exact_network_knows(prediction):
     # All data is one point, so x_t tells its noise.
     point = normal(0, 2, 3)
     schedule = ddpm.linear_schedule()
@@ -49,14 +67,21 @@ def test_ddpm_samples_what_an_exact_network_knows():
     def network(x, time_B):
         t = time_B.astype(jnp.int32)[:, None, None]
         noise = (x - schedule.signal[t] * point) / schedule.noise[t]
-        return jnp.concatenate([noise, jnp.zeros_like(x)], axis=-1)
+        known = noise if prediction == "noise" else jnp.broadcast_to(point, x.shape)
+        return jnp.concatenate([known, jnp.zeros_like(x)], axis=-1)
 
     noise = normal(1, 4, 2, 3)
     draws = jnp.asarray(normal(2, 10, 4, 2, 3))
     for name in DDPM.samplers:
         sampling = Sampling(steps=10, sampler=name)
-        x = DDPM().denoise(network, noise, sampling, lambda step: draws[step])
+        x = DDPM(prediction).denoise(network, noise, sampling, lambda step: draws[step])
         np.testing.assert_allclose(x, np.broadcast_to(point, x.shape), atol=1e-3)
+
+
+def test_descriptions_of_ddpm_from_before_it_had_predictions_stay_true():
+    older = {"objective": "ddpm", "time_shift": 1.0, "prediction": "velocity"}
+    assert objectives.from_fields(older) == DDPM(prediction="noise")
+    assert objectives.from_fields(objectives.to_fields(DDPM("data"))) == DDPM("data")
 
 
 def test_flow_shifts_the_levels_of_training_and_of_sampling():

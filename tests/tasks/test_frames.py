@@ -91,7 +91,7 @@ def test_of_few_frames_one_stays_unknown(t, most):
 
 
 @pytest.mark.parametrize(
-    "objective", [RectifiedFlow(prediction="data"), DDPM(), Masked(), Metric()]
+    "objective", [RectifiedFlow(prediction="data"), DDPM(), DDPM("data"), Masked(), Metric()]
 )
 def test_noise_and_predictions_of_known_frames_do_not_count(objective):
     task = make_task(objective)
