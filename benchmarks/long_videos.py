@@ -29,6 +29,7 @@ from opensora_jax import files  # noqa: E402
 from opensora_jax.inference.small_text_model import make_small_text_model  # noqa: E402
 from opensora_jax.inference.tokenizer import save_tokenizer  # noqa: E402
 from opensora_jax.models.vqvae import VQVAE, VQVAEConfig  # noqa: E402
+from opensora_jax.preprocessing.options import Options  # noqa: E402
 from opensora_jax.stages.preprocess import preprocess  # noqa: E402
 
 SECONDS, RATE, HEIGHT, WIDTH = (60, 600), 24, 48, 64
@@ -75,9 +76,8 @@ def main() -> None:
         watch = threading.Thread(target=watch_decoder, args=(is_over, decoder))
         watch.start()
         try:
-            preprocess(
-                work / f"{args.only}.json", work, work / f"dataset{args.only}", **models, **sizes
-            )
+            paths = (work / f"{args.only}.json", work, work / f"dataset{args.only}")
+            preprocess(*paths, Options(**models, **sizes))
         finally:
             is_over.set()
             watch.join()

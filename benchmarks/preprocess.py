@@ -40,6 +40,7 @@ from opensora_jax.inference.tokenizer import (  # noqa: E402
     save_tokenizer,
 )
 from opensora_jax.models.vqvae import VQVAE, VQVAEConfig  # noqa: E402
+from opensora_jax.preprocessing.options import Options  # noqa: E402
 from opensora_jax.stages.preprocess import preprocess  # noqa: E402
 from opensora_jax.windows import Windows  # noqa: E402
 
@@ -101,7 +102,7 @@ def engine(name: str, work: Path, captions: Path, videos: Path, tokenizer: Path)
     start = time.perf_counter()
     if name == "local":
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            preprocess(captions, videos, output, **options)
+            preprocess(captions, videos, output, Options(**options))
         return time.perf_counter() - start
     words = ["data_prep/preprocess_data.py", "-c", captions, "-v", videos, "-o", output]
     words += ["--vqvae", tokenizer, "--text_model", work / "text", "--resolution", RESOLUTION]

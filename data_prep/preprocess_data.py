@@ -13,15 +13,55 @@ from opensora_jax import process
 if __name__ == "__main__":
     process.listen()  # before the imports, which take seconds
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from opensora_jax import cli, files, runtime
-from opensora_jax.preprocessing.job import VIDEO_TIMEOUT
+from opensora_jax.preprocessing.options import VIDEO_TIMEOUT, Options
 from opensora_jax.stages.preprocess import preprocess
 from opensora_jax.stages.preprocess_buckets import preprocess_buckets
 
 
 def main() -> None:
+    parser = _parser()
+    arguments = vars(parser.parse_args())
+    resolution, buckets = arguments.pop("resolution"), arguments.pop("buckets")
+    if resolution and len(resolution) > 2:
+        parser.error(f"--resolution {resolution}: expected one or two numbers")
+    if resolution and buckets:
+        parser.error(f"--resolution {resolution}: expected none, since --buckets says it")
+    paths = _paths(parser, arguments)
+    of_buckets = {name: arguments.pop(name) for name in ("bucket_tokens", "patch")}
+    columns = (arguments.pop("file_column"), arguments.pop("caption_column"))
+    for name in ("fps", "max_frames", "n_frames", "window", "tile", "video_timeout"):
+        arguments[name] = arguments[name] or None
+    height, width = ((resolution or [128]) * 2)[:2]  # one number stands for both
+    options = Options(resolution=(height, width), columns=columns, **arguments)
+    runtime.keep_compiled_programs()
+    if buckets:
+        preprocess_buckets(*paths, options, asked=buckets, **of_buckets)
+    else:
+        preprocess(*paths, options)
+
+
+def _paths(parser: argparse.ArgumentParser, arguments: dict[str, Any]) -> list[str | Path]:
+    """Takes captions, videos and output from the arguments; what is of TFDS is written first."""
+    output, name = arguments.pop("output"), arguments.pop("tfds")
+    of_tfds = {n: arguments.pop(f"tfds_{n}") for n in ("split", "video", "text", "fps")}
+    given = [arguments.pop("captions"), arguments.pop("videos")]
+    if (name is None and None in given) or (name is not None and given != [None, None]):
+        parser.error("expected --captions and --videos, or --tfds")
+    if name is not None:
+        if files.is_remote(output):
+            parser.error(f"--output {output}: expected a folder of this machine with --tfds")
+        from opensora_jax.data.tfds_videos import write_videos
+
+        given = write_videos(name, Path(f"{output}.tfds"), **of_tfds)
+    return [*given, output]
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     add = parser.add_argument
     add(
@@ -200,34 +240,7 @@ def main() -> None:
         help="of the cluster, auto for the one that this machine belongs to; without it Ray "
         "starts on this machine alone",
     )
-    arguments = vars(parser.parse_args())
-    resolution, buckets = arguments.pop("resolution"), arguments.pop("buckets")
-    of_buckets = {name: arguments.pop(name) for name in ("bucket_tokens", "patch")}
-    if resolution and len(resolution) > 2:
-        parser.error(f"--resolution {resolution}: expected one or two numbers")
-    if resolution and buckets:
-        parser.error(f"--resolution {resolution}: expected none, since --buckets says it")
-    for name in ("fps", "max_frames", "n_frames", "window", "tile", "video_timeout"):
-        arguments[name] = arguments[name] or None
-    of_tfds = {n: arguments.pop(f"tfds_{n}") for n in ("split", "video", "text", "fps")}
-    name, given = arguments.pop("tfds"), [arguments.pop("captions"), arguments.pop("videos")]
-    if (name is None and None in given) or (name is not None and given != [None, None]):
-        parser.error("expected --captions and --videos, or --tfds")
-    output = arguments.pop("output")
-    if name is not None:
-        if files.is_remote(output):
-            parser.error(f"--output {output}: expected a folder of this machine with --tfds")
-        from opensora_jax.data.tfds_videos import write_videos
-
-        given = write_videos(name, Path(f"{output}.tfds"), **of_tfds)
-    paths = [*given, output]
-    arguments["columns"] = (arguments.pop("file_column"), arguments.pop("caption_column"))
-    runtime.keep_compiled_programs()
-    if buckets:
-        preprocess_buckets(*paths, asked=buckets, **of_buckets, **arguments)
-    else:
-        sides = ((resolution or [128]) * 2)[:2]  # one number stands for both
-        preprocess(*paths, resolution=sides, **arguments)
+    return parser
 
 
 if __name__ == "__main__":

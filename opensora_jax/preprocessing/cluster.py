@@ -36,7 +36,8 @@ from opensora_jax.data.on_disk import Numbers
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.preprocessing.cluster_tasks import MOST_TASKS, on_accelerators
 from opensora_jax.preprocessing.cluster_videos import encode_videos
-from opensora_jax.preprocessing.job import Chunks, Job, Made, PreprocessError
+from opensora_jax.preprocessing.job import Chunks, Job, Made
+from opensora_jax.preprocessing.options import PreprocessError
 
 _TEXTS_PER_PART = 1024
 _BLOCK_BYTES = 2**25  # of decoded windows, which go from one machine to another

@@ -15,23 +15,11 @@ from opensora_jax.data.on_disk import Entries
 from opensora_jax.data.part_counts import Counts
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.models.tokenizer import Tokenizer
+from opensora_jax.preprocessing.options import CURATION, PreprocessError
 from opensora_jax.windows import Windows
 
 # Codes of a part, in bytes: it is read whole when it is first used.
 PART_BYTES = 2**26
-
-# Seconds of decoding: a film of two hours in 4K takes two and a half hours on one core.
-VIDEO_TIMEOUT = 21_600.0
-
-# Of settings, those that say what of a video is kept: fields of `Decoding`, all off at 0.
-CURATION = (
-    *("clip_frames", "clip_stride", "split_scenes", "crop_bars", "min_side", "min_motion"),
-    *("min_brightness", "max_frozen", "near_duplicates"),
-)
-
-
-class PreprocessError(ValueError):
-    """The arguments do not fit each other, or the output folder."""
 
 
 class NothingKeptError(PreprocessError):

@@ -7,7 +7,7 @@ from pathlib import Path
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.preprocessing.job import CURATION, VIDEO_TIMEOUT
+from opensora_jax.preprocessing.options import CURATION, VIDEO_TIMEOUT, Options
 
 
 def sha256(path):
@@ -33,7 +33,7 @@ def location(name_or_folder):
     return str(folder.absolute() if folder.is_dir() else name_or_folder)
 
 
-def command(captions, videos, output, vqvae, text_model, settings, engine, strict, timeout):
+def command(captions, videos, output, options: Options, settings):
     """The command line that goes on with this dataset."""
     if "bucket" in settings:
         # What made all buckets together.
@@ -45,7 +45,7 @@ def command(captions, videos, output, vqvae, text_model, settings, engine, stric
     else:
         size = ["--resolution", *settings["resolution"]]
     words = ["python", "data_prep/preprocess_data.py", "-c", captions, "-v", videos, "-o", output]
-    words += ["--vqvae", vqvae, "--text_model", text_model, *size]
+    words += ["--vqvae", options.vqvae, "--text_model", options.text_model, *size]
     for key in ("fps", "max_frames", "n_frames", "window", "videos_per_part"):
         words += [f"--{key}", settings[key] or 0]
     words += ["--flat"] if "flat" in settings else []
@@ -56,7 +56,8 @@ def command(captions, videos, output, vqvae, text_model, settings, engine, stric
     for name in CURATION:
         value = settings.get(name)
         words += [f"--{name}", *([] if value is True else [value])] if value else []
-    words += ["--strict"] if strict else []
-    words += ["--video_timeout", timeout or 0] if timeout != VIDEO_TIMEOUT else []
-    words += ["--engine", engine] if engine != "local" else []
+    words += ["--strict"] if options.strict else []
+    if options.video_timeout != VIDEO_TIMEOUT:
+        words += ["--video_timeout", options.video_timeout or 0]
+    words += ["--engine", options.engine] if options.engine != "local" else []
     return shlex.join(map(str, words))

@@ -4,21 +4,22 @@ Files' headers say which size a clip goes to (`data.buckets`); what goes to one 
 dataset is, in a subfolder of its name.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
 from opensora_jax import files, lock
 from opensora_jax.data import bucket_folders, buckets, dataset
 from opensora_jax.data.buckets import Size
-from opensora_jax.data.captions import COLUMNS, expect_a_video, read_captions
+from opensora_jax.data.captions import expect_a_video, read_captions
 from opensora_jax.inference.tokenizer import load_tokenizer
 from opensora_jax.models.tokenizer import Tokenizer
 from opensora_jax.preprocessing import sorting
-from opensora_jax.preprocessing.job import VIDEO_TIMEOUT, NothingKeptError, PreprocessError
+from opensora_jax.preprocessing.job import NothingKeptError
+from opensora_jax.preprocessing.options import Options, PreprocessError
 from opensora_jax.preprocessing.provenance import sha256
 from opensora_jax.preprocessing.sorting import Measuring, Share
 from opensora_jax.stages import preprocess as one
@@ -29,12 +30,11 @@ def preprocess_buckets(
     captions: str | os.PathLike,
     videos: str | os.PathLike,
     output: str | os.PathLike,
+    options: Options,
     *,
     asked: str,
     bucket_tokens: int = 0,
     patch: int = 2,
-    n_frames: int | None = None,
-    **options: Any,
 ) -> None:
     """As `preprocess`, into a dataset of each bucket and buckets.json, which names them.
 
@@ -42,89 +42,94 @@ def preprocess_buckets(
     most, and is kept, filtered or failed there. Near-duplicates are those of one bucket.
 
     Args:
+      options: as of `preprocess`; of `n_frames` auto takes frames of a clip at most, None as many
+        as half of the videos have.
       asked: sizes, as "16x96x160,1x128x128", or auto: by the clips' sizes.
       bucket_tokens: of auto: tokens of a clip at most, each a latent frame x patch x patch.
       patch: of auto: latents along the sides of a token.
-      n_frames: of auto: frames of a clip at most; None: as many as half of the videos have.
-      options: of `preprocess`, without `resolution`.
 
     Raises:
       ValueError: as `preprocess`, or sizes that do not fit the tokenizer.
       NothingKeptError: in the end, not one video could be kept.
     """
-    engine, dry_run = options.get("engine", "local"), options.get("dry_run", False)
-    columns, strict = options.get("columns", COLUMNS), options.get("strict", False)
-    one.check_engine(engine, options.get("ray_address"), options.get("flat", False), dry_run)
-    one.check_output(output, engine)
-    if engine == "ray":
-        jax.config.update("jax_platforms", "cpu")  # as in `preprocess`
+    one.prepare(output, options)
     output = epath.Path(output)
-    if (output / "metadata.json").exists():
-        raise PreprocessError(f"output={output}: holds a dataset: expected another folder")
-    is_auto = asked == buckets.AUTO
-    if n_frames and not is_auto:
-        raise PreprocessError(f"n_frames={n_frames}: expected none: buckets={asked} says it")
-    if is_auto and bucket_tokens < 1:
-        raise PreprocessError(
-            f"bucket_tokens={bucket_tokens}: expected at least 1, of buckets=auto"
-        )
-    if options.get("split_scenes"):
-        raise PreprocessError(
-            f"split_scenes=True: expected False with buckets={asked}: chosen before shots are known"
-        )
-    fps, clip_frames = options.get("fps"), options.get("clip_frames", 0)
-    if clip_frames and n_frames:
-        raise PreprocessError(f"n_frames={n_frames}: expected none with clip_frames={clip_frames}")
+    _check_options(output, options, asked, bucket_tokens)
     about = {"buckets": asked}
+    is_auto = asked == buckets.AUTO
     if is_auto:
-        about |= {"bucket_tokens": bucket_tokens, "patch": patch, "most_frames": n_frames}
-    entries = read_captions(captions, columns, strict=strict)
+        sizes = {"patch": patch, "most_frames": options.n_frames}
+        about |= {"bucket_tokens": bucket_tokens, **sizes}
+    entries = read_captions(captions, options.columns, strict=options.strict)
     expect_a_video(entries, videos)
-    model = load_tokenizer(options["vqvae"])
-    listed = () if is_auto else buckets.parse(asked)
-    windows = _check_sizes(listed, model, n_frames, options)
-    settings = {**about, "fps": fps, "window": windows.frames, "captions_sha256": sha256(captions)}
+    model = load_tokenizer(options.vqvae)
+    windows = _check_sizes(() if is_auto else buckets.parse(asked), model, options)
+    settings = {**about, "fps": options.fps, "window": windows.frames}
+    settings["captions_sha256"] = sha256(captions)
+
+    def make(share: Share) -> dict[str, Any]:
+        return _make(captions, videos, output, share, windows, options)
+
     found = bucket_folders.read(output)
     if found is not None:
         files.expect_settings(output / bucket_folders.LIST, settings, found.get("settings", {}))
         if found.get("complete", False):
             for size in buckets.parse(",".join(found["datasets"])):  # each says so, or what differs
-                _make(captions, videos, output, Share(size, [], about), windows, options)
+                make(Share(size, [], about))
             return
     output.mkdir(parents=True, exist_ok=True)
     with lock.exclusive(output):
         if found is None:
-            timeout = options.get("video_timeout", VIDEO_TIMEOUT)
-            measuring = Measuring(fps, clip_frames, options.get("crop_bars", False), timeout)
+            measuring = Measuring(
+                *(options.fps, options.clip_frames, options.crop_bars, options.video_timeout)
+            )
             cell = [stride * patch for stride in model.downsample[1:]]
             sizes, numbers = sorting.sort(
                 *(entries, videos, about), measuring=measuring, windows=windows, cell=tuple(cell)
             )
             found = {"complete": False, "settings": settings, "entries": numbers}
             found["sizes"] = [str(size) for size in sizes]
-            if not dry_run:
+            if not options.dry_run:
                 bucket_folders.write(output, found)
-        shares = [
-            Share(size, [i for i, number in enumerate(found["entries"]) if number == k], about)
-            for k, size in enumerate(buckets.parse(",".join(found["sizes"])))
-        ]
         made = []
-        for share in shares:
-            print(f"preprocess: bucket {share.size}: {len(share.entries)} videos")
-            if share.entries:
-                made.append((share.size, _make(captions, videos, output, share, windows, options)))
-        if not dry_run:
+        for k, size in enumerate(buckets.parse(",".join(found["sizes"]))):
+            of_size = [i for i, number in enumerate(found["entries"]) if number == k]
+            print(f"preprocess: bucket {size}: {len(of_size)} videos")
+            if of_size:
+                made.append((size, make(Share(size, of_size, about))))
+        if not options.dry_run:
             _finish(output, settings, found, made)
 
 
-def _check_sizes(
-    sizes: Sequence[Size], model: Tokenizer, n_frames: int | None, options: dict[str, Any]
-) -> Windows:
+def _check_options(output: epath.Path, options: Options, asked: str, bucket_tokens: int) -> None:
+    """Sees that the options are those of buckets.
+
+    Raises:
+      PreprocessError: naming what is not.
+    """
+    if (output / "metadata.json").exists():
+        raise PreprocessError(f"output={output}: holds a dataset: expected another folder")
+    if asked != buckets.AUTO and options.n_frames:
+        raise PreprocessError(
+            f"n_frames={options.n_frames}: expected none: buckets={asked} says it"
+        )
+    if asked == buckets.AUTO and bucket_tokens < 1:
+        raise PreprocessError(
+            f"bucket_tokens={bucket_tokens}: expected at least 1, of buckets=auto"
+        )
+    if options.split_scenes:
+        raise PreprocessError(
+            f"split_scenes=True: expected False with buckets={asked}: chosen before shots are known"
+        )
+    options.check_lengths()
+
+
+def _check_sizes(sizes: Sequence[Size], model: Tokenizer, options: Options) -> Windows:
     """How clips of all sizes are cut in time, if they fit the tokenizer."""
-    common = {"window": options.get("window") or model.n_frames, "tile": options.get("tile")}
+    common = {"window": options.window or model.n_frames, "tile": options.tile}
     common |= {"bucket": ""}  # or `n_frames` would be a window by itself
-    least, clip_frames = list(model.downsample[1:]), options.get("clip_frames", 0)
-    windows = one.windows_of({**common, "resolution": least, "n_frames": n_frames}, model)
+    least, clip_frames = list(model.downsample[1:]), options.clip_frames
+    windows = one.windows_of({**common, "resolution": least, "n_frames": options.n_frames}, model)
     for size in sizes:
         if 0 < clip_frames < size.n_frames:
             raise PreprocessError(
@@ -149,19 +154,20 @@ def _make(
     output: epath.Path,
     share: Share,
     windows: Windows,
-    options: dict[str, Any],
+    options: Options,
 ) -> dict[str, Any]:
     """Makes the dataset of a bucket; what became of its videos."""
     folder = output / str(share.size)
-    size = {
-        "resolution": (share.size.height, share.size.width),
-        "n_frames": _n_frames(share.size, windows),
-    }
+    options = dataclasses.replace(
+        options,
+        resolution=(share.size.height, share.size.width),
+        n_frames=_n_frames(share.size, windows),
+    )
     try:
-        one.preprocess(captions, videos, folder, **{**options, **size}, share=share)
+        one.preprocess(captions, videos, folder, options, share)
     except NothingKeptError as error:
         return {"kept": 0, **error.left_out}
-    if options.get("dry_run"):
+    if options.dry_run:
         return {}
     metadata = dataset.read_metadata(folder)
     return {name: metadata[name] for name in ("filtered", "failed")} | {

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def evaluation_videos(
         paths, labels = shapes_stage.labelled_videos(config, workdir, "held_out")
     world = worlds.of(config)
     if labels and world.tells_whole:  # of several sizes, some may be seen whole
-        whole = [i for i, path in enumerate(paths) if _is_whole(config.vqvae, path)]
+        is_whole = (i for i, path in enumerate(paths) if _is_whole(config.vqvae, path))
+        whole = list(islice(is_whole, N_EVALUATED))
         labels = [labels[i] for i in whole] or None
         paths = [paths[i] for i in whole] or paths
     if not paths:

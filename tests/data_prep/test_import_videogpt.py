@@ -13,6 +13,7 @@ from flax import nnx
 from opensora_jax.data import dataset, moving_shapes
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer, save_tokenizer
+from opensora_jax.preprocessing.options import Options
 from opensora_jax.stages.preprocess import preprocess
 
 ROOT = Path(__file__).parents[2]
@@ -65,8 +66,8 @@ def test_preprocessing_takes_it_for_the_same_model(imported, tmp_path):
     )
     make_small_text_model(tmp_path / "text", ["a red circle"])
     arguments = [tmp_path / "shapes" / "captions.json", tmp_path / "shapes" / "videos"]
-    options = {"text_model": tmp_path / "text", "resolution": 16}
-    preprocess(*arguments, tmp_path / "dataset", vqvae=imported, **options)
+    options = Options(vqvae=imported, text_model=tmp_path / "text", resolution=16)
+    preprocess(*arguments, tmp_path / "dataset", options)
     found = dataset.open_dataset(tmp_path / "dataset")
     assert found.metadata["counts"]["kept"] == 2
     direct = load_tokenizer(CHECKPOINT)

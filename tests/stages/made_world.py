@@ -11,6 +11,7 @@ from opensora_jax.data import moving_shapes, video_io
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.tokenizer import save_tokenizer
 from opensora_jax.models.vqvae import VQVAE, VQVAEConfig
+from opensora_jax.preprocessing.options import Options
 from opensora_jax.stages.preprocess import preprocess
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +88,7 @@ def run_on(world, output, **options):
     models = {"vqvae": world / "vqvae", "text_model": world / "text_model"}
     options = OPTIONS | models | options
     captions = options.pop("captions", world / "captions.json")
-    preprocess(captions, options.pop("videos", world / "videos"), output, **options)
+    preprocess(captions, options.pop("videos", world / "videos"), output, Options(**options))
 
 
 def command(world, captions, videos, output):

@@ -17,7 +17,8 @@ from opensora_jax.data import dataset, moving_shapes, video_io
 from opensora_jax.inference.generator import DiTDescription, Generator
 from opensora_jax.inference.small_text_model import make_small_text_model
 from opensora_jax.inference.tokenizer import WindowEncoder, decode, fingerprint, load_tokenizer
-from opensora_jax.stages.preprocess import PreprocessError, preprocess
+from opensora_jax.preprocessing.options import Options, PreprocessError
+from opensora_jax.stages.preprocess import preprocess
 from opensora_jax.stages.preprocess_buckets import preprocess_buckets
 
 ROOT = Path(__file__).parents[2]
@@ -59,10 +60,9 @@ def world(tmp_path_factory):
 
 
 def make(world, output, **options):
-    options = {"vqvae": world / "cosmos", "resolution": (16, 24), **options}
-    preprocess(
-        *(world / "captions.json", world / "videos", output), text_model=world / "text", **options
-    )
+    models = {"vqvae": world / "cosmos", "text_model": world / "text"}
+    options = Options(**models, **{"resolution": (16, 24), **options})
+    preprocess(world / "captions.json", world / "videos", output, options)
     return dataset.open_dataset(output)
 
 
@@ -111,12 +111,10 @@ def test_images_and_videos_in_buckets_of_one_window(world, tmp_path):
     iio.imwrite(world / "videos" / "still.png", image)
     entries = [{"file": name, "captions": ["a red circle"]} for name in ("0.mp4", "still.png")]
     (tmp_path / "captions.json").write_text(json.dumps(entries))
-    models = {"vqvae": world / "cosmos", "text_model": world / "text"}
+    options = Options(vqvae=world / "cosmos", text_model=world / "text")
     buckets = ("17x16x24", "1x16x24")
-    preprocess_buckets(
-        *(tmp_path / "captions.json", world / "videos", tmp_path / "out"),
-        **(models | {"asked": ",".join(buckets)}),
-    )
+    paths = (tmp_path / "captions.json", world / "videos", tmp_path / "out")
+    preprocess_buckets(*paths, options, asked=",".join(buckets))
     video, still = (dataset.open_dataset(tmp_path / "out" / name) for name in buckets)
     assert (video.windows, video.grid) == (still.windows, still.grid)
     codes = still[0]["video_latent_states"]

@@ -19,7 +19,7 @@ from opensora_jax.data import dataset, pipeline, video_io
 from opensora_jax.data.joined import load_joined
 from opensora_jax.data.video_io import write_video as write_frames
 from opensora_jax.inference.tokenizer import load_tokenizer
-from opensora_jax.stages.preprocess import PreprocessError
+from opensora_jax.preprocessing.options import PreprocessError
 
 CUT = {"clip_frames": 8, "clip_stride": 12, "max_frames": 20}
 # file -> (frames, clips of 8 that begin 12 apart)

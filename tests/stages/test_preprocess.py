@@ -29,8 +29,8 @@ from opensora_jax.data import dataset, dataset_writer, moving_shapes, video_io
 from opensora_jax.data.captions import CaptionsError
 from opensora_jax.inference.text_encoder import TextEncoder
 from opensora_jax.inference.tokenizer import load_tokenizer
+from opensora_jax.preprocessing.options import PreprocessError
 from opensora_jax.stages import preprocess as stage
-from opensora_jax.stages.preprocess import PreprocessError
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from made_world import (
 
 from opensora_jax.data import dataset
 from opensora_jax.preprocessing.job import Job
-from opensora_jax.stages.preprocess import PreprocessError
+from opensora_jax.preprocessing.options import PreprocessError
 
 
 def test_names_that_are_no_files_are_bad_entries(world, tmp_path, capsys):

@@ -13,7 +13,8 @@ from test_preprocess import contents, jit_encode
 
 from opensora_jax.data import bucket_folders, dataset, video_io
 from opensora_jax.inference.tokenizer import load_tokenizer
-from opensora_jax.preprocessing.job import NothingKeptError, PreprocessError
+from opensora_jax.preprocessing.job import NothingKeptError
+from opensora_jax.preprocessing.options import Options, PreprocessError
 from opensora_jax.stages.preprocess_buckets import preprocess_buckets
 
 BUCKETS = "16x16x16,8x8x16,8x16x8,1x16x16"
@@ -56,7 +57,8 @@ def make(world, shapes, output, asked=BUCKETS, captions=None, **options):
     models = {"vqvae": world / "vqvae", "text_model": world / "text_model"}
     captions = captions or shapes / "captions.json"
     options = {"batch_size": 3, "videos_per_part": 4, **models, **options}
-    preprocess_buckets(captions, shapes, output, asked=asked, **options)
+    sizes = {name: options.pop(name) for name in ("bucket_tokens", "patch") if name in options}
+    preprocess_buckets(captions, shapes, output, Options(**options), asked=asked, **sizes)
 
 
 @pytest.fixture(scope="module")

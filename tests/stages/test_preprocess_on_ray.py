@@ -22,7 +22,7 @@ from made_world import (
 
 from opensora_jax.data import bucket_folders, dataset
 from opensora_jax.data.joined import load_joined
-from opensora_jax.preprocessing.job import PreprocessError
+from opensora_jax.preprocessing.options import Options, PreprocessError
 from opensora_jax.stages.preprocess_buckets import preprocess_buckets
 
 ENVIRONMENT = os.environ | {
@@ -94,10 +94,9 @@ def test_buckets_are_the_same_with_ray(world, tmp_path):
     words[words.index("--videos_per_part") + 1] = "4"
     assert "4 kept, 1 filtered, 3 failed" in finish(start(words))
     models = {"vqvae": world / "vqvae", "text_model": world / "text_model"}
-    preprocess_buckets(
-        *(world / "captions.json", world / "videos", tmp_path / "local"),
-        **(models | {"asked": "16x16x16,8x16x16", "window": 8, "videos_per_part": 4}),
-    )
+    options = Options(**models, window=8, videos_per_part=4)
+    paths = (world / "captions.json", world / "videos", tmp_path / "local")
+    preprocess_buckets(*paths, options, asked="16x16x16,8x16x16")
     folders = bucket_folders.datasets(tmp_path / "local")
     assert len(folders) == 2
     for folder in folders:
