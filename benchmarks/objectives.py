@@ -46,6 +46,7 @@ VARIANTS = {
     "flow, vq, velocity": ["dit.prediction=velocity"],
     "ddpm, vq, noise": [*DDPM, "dit.prediction=noise"],
     "ddpm, vq, data": [*DDPM, "dit.prediction=data"],
+    "ddpm, vq, data, shift 2": ["dit.objective=ddpm", "dit.time_shift=2.0", "dit.prediction=data"],
     "masked, vq, joint": ["dit.objective=masked", *AUTO],
     "masked, fsq, joint": ["dit.objective=masked", "dit.code_head=joint", *AUTO],
     "masked, fsq, factorized": ["dit.objective=masked", *AUTO],

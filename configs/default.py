@@ -196,10 +196,10 @@ def get_config() -> ConfigDict:
     c.dit.objective = "flow"
     # What the network gives: of flow velocity, of ddpm noise, or of either data (the clean latents,
     # from which the others follow). auto: data where a token holds as many numbers as the network is
-    # wide.
+    # wide. Of no account to masked and metric.
     c.dit.prediction = "auto"
-    # Of all but ddpm; above 1: more of the noisy times. auto: of flow by how much noise it takes to
-    # hide a token.
+    # Above 1: more of the noisy times, or, of ddpm, more noise. auto: of flow by how much noise it
+    # takes to hide a token.
     c.dit.time_shift = FieldReference("auto", field_type=object)
     # Of masked and metric: joint, logits of all codes; factorized, of the values of each dimension of
     # an FSQ tokenizer's codes; auto: factorized where the codes are FSQ's.

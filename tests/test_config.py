@@ -194,7 +194,6 @@ def test_there_are_as_many_phrasings_as_captions_may_be_asked_for():
     ("name", "value", "expected"),
     [
         ("dit.prediction", "velocity", "one of auto, noise, data"),
-        ("dit.time_shift", 2.0, "auto or 1"),
         ("sample.steps", 1001, "at most 1000"),
     ],
 )

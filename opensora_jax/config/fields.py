@@ -8,8 +8,7 @@ from typing import Any
 from opensora_jax import mesh as mesh_lib
 from opensora_jax.config.stages import STAGES
 from opensora_jax.data import buckets
-from opensora_jax.diffusion import ddpm, flow
-from opensora_jax.diffusion.objectives import OBJECTIVES
+from opensora_jax.diffusion.objectives import OBJECTIVES, PREDICTIONS
 from opensora_jax.diffusion.on_codes import CODE_HEADS
 from opensora_jax.models import attention, dit
 from opensora_jax.tasks.vqvae import ARCHITECTURES
@@ -261,7 +260,7 @@ RULES: Mapping[str, Rule | Mapping[str, Rule]] = {
         "n_latent_frames": one_or_several(at_least(0)),
         "caption_dropout": share,
         "objective": one_of(tuple(OBJECTIVES)),
-        "prediction": one_of(tuple(dict.fromkeys(("auto", *flow.PREDICTIONS, *ddpm.PREDICTIONS)))),
+        "prediction": one_of(("auto", *PREDICTIONS)),
         "time_shift": auto_or(positive),
         "code_head": one_of(CODE_HEADS),
         "beta_scale": positive,

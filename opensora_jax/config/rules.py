@@ -16,7 +16,7 @@ from opensora_jax.config.fields import RULES
 from opensora_jax.config.stages import STAGES
 from opensora_jax.data.buckets import AUTO, Size, parse
 from opensora_jax.diffusion import ddpm, flow
-from opensora_jax.diffusion.objectives import OBJECTIVES
+from opensora_jax.diffusion.objectives import OBJECTIVES, PREDICTIONS
 from opensora_jax.models import attention
 from opensora_jax.windows import WindowError, Windows
 
@@ -107,14 +107,11 @@ def _check_models(c: ConfigDict) -> None:
         raise_invalid(c, "dit.width", f"an even multiple of dit.heads={c.dit.heads}")
     since = f"since dit.objective is {c.dit.objective}"
     predictions = {"flow": flow.PREDICTIONS, "ddpm": ddpm.PREDICTIONS}
-    known = ("auto", *predictions.get(c.dit.objective, ("velocity",)))
+    known = ("auto", *predictions.get(c.dit.objective, PREDICTIONS))
     if c.dit.prediction not in known:
         raise_invalid(c, "dit.prediction", f"one of {', '.join(known)}, {since}")
-    if c.dit.objective == "ddpm":
-        if c.dit.time_shift not in ("auto", 1):
-            raise_invalid(c, "dit.time_shift", f"auto or 1, {since}")
-        if c.sample.steps > ddpm.N_STEPS:
-            raise_invalid(c, "sample.steps", f"at most {ddpm.N_STEPS}, {since}")
+    if c.dit.objective == "ddpm" and c.sample.steps > ddpm.N_STEPS:
+        raise_invalid(c, "sample.steps", f"at most {ddpm.N_STEPS}, {since}")
     if c.dit.objective in ("flow", "ddpm"):
         if c.dit.code_head != "auto":
             raise_invalid(c, "dit.code_head", f"auto, {since}")

@@ -45,14 +45,17 @@ class Schedule(NamedTuple):
     log_variance_max: jax.Array  # of the forward step
 
 
-def linear_schedule(steps: np.ndarray | None = None) -> Schedule:
+def linear_schedule(steps: np.ndarray | None = None, shift: float = 1.0) -> Schedule:
     """DiT's schedule: the variances added by 1000 steps grow linearly from 1e-4 to 0.02.
 
     Args:
       steps: ascending, those of the 1000 that a sampler takes; None: all.
+      shift: what the noise is multiplied by, compared with the signal (arXiv:2301.11093), as
+        `flow.shift_times` does.
     """
     steps = np.arange(N_STEPS) if steps is None else np.asarray(steps)
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, N_STEPS))[steps]
+    alpha_bar /= alpha_bar + shift**2 * (1 - alpha_bar)
     before = np.append(1.0, alpha_bar[:-1])
     beta = 1 - alpha_bar / before
     variance = beta * (1 - before) / (1 - alpha_bar)
@@ -98,18 +101,24 @@ def to_data(at: Schedule, x_t: jax.Array, noise: jax.Array) -> jax.Array:
     return (x_t - at.noise * noise) / at.signal
 
 
-def noise_of_data(t_B: jax.Array, x_t: jax.Array, output: jax.Array) -> jax.Array:
-    """A `Denoiser`'s output (B, ..., 2 C) of one that gives x_0 in the place of the noise."""
-    at = _at(linear_schedule(), t_B, x_t)
+def noise_of_data(
+    schedule: Schedule, t_B: jax.Array, x_t: jax.Array, output: jax.Array
+) -> jax.Array:
+    """A `Denoiser`'s output (B, ..., 2 C) of one that gives x_0 in the place of the noise.
+
+    Args:
+      schedule: of all steps.
+    """
+    at = _at(schedule, t_B, x_t)
     x_0, where = jnp.split(output, 2, axis=-1)
     return jnp.concatenate([(x_t - at.signal * x_0) / at.noise, where], axis=-1)
 
 
-def data_weight(t_B: jax.Array) -> jax.Array:
+def data_weight(schedule: Schedule, t_B: jax.Array) -> jax.Array:
     """Of the mean squared errors of the noise (B,), those of the velocity signal noise - noise x_0
     (Salimans & Ho, arXiv:2202.00512) to those of the noise, which hardly asks what x_0 is where it
     is hidden; not above 400 times those of x_0."""
-    at = _at(linear_schedule(), t_B, t_B)
+    at = _at(schedule, t_B, t_B)
     return jnp.minimum(1, (at.noise / _LEAST_NOISE) ** 2) / at.signal**2
 
 

@@ -4,12 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from opensora_jax.diffusion import ddpm, flow
 from opensora_jax.diffusion.objective import Objective
 from opensora_jax.diffusion.on_codes import Masked, Metric
 from opensora_jax.diffusion.on_embeddings import DDPM, RectifiedFlow
 
 # By the name in the configuration.
 OBJECTIVES: dict[str, type] = {kind.name: kind for kind in (RectifiedFlow, DDPM, Masked, Metric)}
+
+# What networks of one objective or another give.
+PREDICTIONS = tuple(dict.fromkeys((*flow.PREDICTIONS, *ddpm.PREDICTIONS)))
 
 
 def from_fields(fields: Mapping[str, Any]) -> Objective:

@@ -94,27 +94,28 @@ class DDPM(_OnEmbeddings):
     Args:
       prediction: what the network's output is, one of `ddpm.PREDICTIONS`; of data the error is that
         of the velocity, as of `RectifiedFlow`.
+      time_shift: of the levels of training and of sampling, see `ddpm.linear_schedule`.
     """
 
     name: ClassVar[str] = "ddpm"
     outputs: ClassVar[int] = 2
     samplers: ClassVar[tuple[str, ...]] = ("ddim", "ancestral", "dpm++")
     prediction: str = "noise"
+    time_shift: float = 1.0
 
     def sample_levels(self, key, n):
         return jax.random.randint(key, (n,), 0, ddpm.N_STEPS) / ddpm.N_STEPS
 
     def error(self, network, x_0, noise, level_B):
         step_B = jnp.round(level_B * ddpm.N_STEPS).astype(jnp.int32)
-        error, bound = ddpm.loss(
-            ddpm.linear_schedule(), self._denoiser(network), x_0, noise, step_B
-        )
+        schedule = self._schedule()
+        error, bound = ddpm.loss(schedule, self._denoiser(network), x_0, noise, step_B)
         if self.prediction == "data":
-            error *= ddpm.data_weight(step_B)
+            error *= ddpm.data_weight(schedule, step_B)
         return error + bound
 
     def denoise(self, network, noise, sampling, draw=None):
-        schedule = ddpm.linear_schedule(ddpm.even_steps(sampling.steps))
+        schedule = self._schedule(ddpm.even_steps(sampling.steps))
         denoise = self._denoiser(network)
         match sampler_of(self, sampling):
             case "ddim":
@@ -123,9 +124,16 @@ class DDPM(_OnEmbeddings):
                 return ddpm.ancestral(schedule, denoise, noise, draw)
         return ddpm.dpm_solver(schedule, denoise, noise)
 
+    def _schedule(self, steps=None):
+        return ddpm.linear_schedule(steps, self.time_shift)
+
     def _denoiser(self, network):
+        schedule = self._schedule()
+
         def denoise(x, step_B):
             out = network(x, step_B.astype(jnp.float32))
-            return ddpm.noise_of_data(step_B, x, out) if self.prediction == "data" else out
+            if self.prediction == "noise":
+                return out
+            return ddpm.noise_of_data(schedule, step_B, x, out)
 
         return denoise

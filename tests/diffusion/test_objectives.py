@@ -45,7 +45,7 @@ def test_ddpm_by_predicted_data_trains_on_the_error_of_the_velocity():
     _, bound = ddpm.loss(schedule, lambda *_: there, x_0, noise, step_B)
     np.testing.assert_allclose(loss, error + bound, rtol=1e-4)
     # Next to the data, where noise is 0.01, an error counts 400 times, and not 10,000.
-    assert ddpm.data_weight(jnp.zeros(1, int)) == pytest.approx(0.04, rel=0.01)
+    assert ddpm.data_weight(schedule, jnp.zeros(1, int)) == pytest.approx(0.04, rel=0.01)
 
 
 def test_ddpm_trains_on_all_steps_alike():
@@ -105,10 +105,17 @@ def test_each_objective_names_its_samplers():
             objective.denoise(lambda x, _: x, jnp.zeros((1, 2)), Sampling(2, sampler=other))
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_with_any_eta_keeps_a_gaussian(eta):
+def test_a_shift_of_ddpm_multiplies_the_noise_by_the_signal():
+    usual, shifted = ddpm.linear_schedule(), ddpm.linear_schedule(shift=3.0)
+    ratio = shifted.noise / shifted.signal / (usual.noise / usual.signal)
+    np.testing.assert_allclose(ratio, 3, rtol=1e-4)
+    np.testing.assert_allclose(shifted.noise**2 + shifted.signal**2, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("eta", "shift"), [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (0.5, 2.0)])
+def test_ddim_with_any_eta_keeps_a_gaussian(eta, shift):
     """Of data N(1, 0.5^2), by the noise that is known: E[noise | x_t]."""
-    schedule = ddpm.linear_schedule()
+    schedule = ddpm.linear_schedule(shift=shift)
     mean, variance = 1.0, 0.25
 
     def network(x, time_B):
@@ -122,7 +129,8 @@ def test_ddim_with_any_eta_keeps_a_gaussian(eta):
 
     noise = jax.random.normal(jax.random.key(1), (20_000, 1))
     sampling = Sampling(steps=200, eta=eta)
-    x = jax.jit(lambda z: DDPM().denoise(network, z, sampling, draw))(noise)
+    objective = DDPM(time_shift=shift)
+    x = jax.jit(lambda z: objective.denoise(network, z, sampling, draw))(noise)
     assert float(x.mean()) == pytest.approx(mean, abs=0.02)
     assert float(x.std()) == pytest.approx(variance**0.5, rel=0.04)
     # Without new noise, and only then, the way is the noise's own.
