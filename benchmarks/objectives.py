@@ -13,9 +13,9 @@ show over the steps. Run again, it goes on.
 """
 
 import argparse
-import importlib
 import json
 import math
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,8 +27,8 @@ from ml_collections import ConfigDict
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # in the place of this folder, which has a tokenizers.py
 
+from opensora_jax import cli, files, runtime  # noqa: E402
 from opensora_jax import mesh as mesh_lib  # noqa: E402
-from opensora_jax import runtime  # noqa: E402
 from opensora_jax.build import training as build  # noqa: E402
 from opensora_jax.data import video_io  # noqa: E402
 from opensora_jax.inference.generator import Generator  # noqa: E402
@@ -128,7 +128,7 @@ def graded(config: ConfigDict, workdir: Path, steps: list[int]) -> list[dict]:
             batch_size=c.batch_size,
         )
         found[step] = {"step": step, **fidelity.grade(world, asked, videos, real, shown)}
-        path.write_text(json.dumps(list(found.values())))
+        files.write_json(path, list(found.values()))
     return [found[step] for step in steps]
 
 
@@ -168,15 +168,17 @@ def main() -> None:
         "--config", default="configs/quickstart.py", help="one that makes its videos"
     )
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
-    parser.add_argument("--samples", type=int, default=192)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--samples", type=cli.number(int, 10), default=192)
     parser.add_argument("--points", type=int, default=4, help="of a training that are graded")
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="some of the variants")
+    parser.add_argument(
+        "--only", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="NAME"
+    )
     parser.add_argument("--equal_time", action="store_true")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     work = args.workdir.resolve()
-    config = importlib.import_module(f"configs.{Path(args.config).stem}").get_config()
+    config = runpy.run_path(str(ROOT / args.config))["get_config"]()
     config.fidelity.n_samples = args.samples
     run(args.config, work / "vq", ("shapes", "vqvae", "preprocess"), CODES["vq"])
     if any(name.split(", ")[1] == "fsq" for name in args.only):
@@ -199,7 +201,11 @@ def main() -> None:
         curves[name] = []
         every = n_steps // args.points
         for seed in args.seeds:
-            workdir = link(work / f"{name}-{n_steps}-{seed}", work / codes, SHARED)
+            workdir = link(
+                work / f"{name}, {n_steps} steps in {args.points}, seed {seed}",
+                work / codes,
+                SHARED,
+            )
             length = [f"dit.steps={n_steps}", f"dit.eval_every={n_steps}", f"seed={seed}"]
             kept = [f"dit.checkpoint_every={every}", f"dit.keep_every={every}"]
             run(args.config, workdir, ("dit",), [*CODES[codes], *fields, *length, *kept])

@@ -31,13 +31,18 @@ def main() -> None:
         parser.error(f"--resolution {resolution}: expected one or two numbers")
     if resolution and buckets:
         parser.error(f"--resolution {resolution}: expected none, since --buckets says it")
-    paths = _paths(parser, arguments)
+    of_paths = ("output", "captions", "videos", "tfds")
+    given = {name: arguments.pop(name) for name in of_paths}
+    of_tfds = {name: arguments.pop(f"tfds_{name}") for name in ("split", "video", "text", "fps")}
     of_buckets = {name: arguments.pop(name) for name in ("bucket_tokens", "patch")}
     columns = (arguments.pop("file_column"), arguments.pop("caption_column"))
     for name in ("fps", "max_frames", "n_frames", "window", "tile", "video_timeout"):
         arguments[name] = arguments[name] or None
     height, width = ((resolution or [128]) * 2)[:2]  # one number stands for both
     options = Options(resolution=(height, width), columns=columns, **arguments)
+    options.check_engine()
+    options.check()
+    paths = _paths(parser, **given, of_tfds=of_tfds)
     runtime.keep_compiled_programs()
     if buckets:
         preprocess_buckets(*paths, options, asked=buckets, **of_buckets)
@@ -45,20 +50,26 @@ def main() -> None:
         preprocess(*paths, options)
 
 
-def _paths(parser: argparse.ArgumentParser, arguments: dict[str, Any]) -> list[str | Path]:
-    """Takes captions, videos and output from the arguments; what is of TFDS is written first."""
-    output, name = arguments.pop("output"), arguments.pop("tfds")
-    of_tfds = {n: arguments.pop(f"tfds_{n}") for n in ("split", "video", "text", "fps")}
-    given = [arguments.pop("captions"), arguments.pop("videos")]
-    if (name is None and None in given) or (name is not None and given != [None, None]):
+def _paths(
+    parser: argparse.ArgumentParser,
+    output: str,
+    captions: str | None,
+    videos: str | None,
+    tfds: str | None,
+    of_tfds: dict[str, Any],
+) -> list[str | Path]:
+    """Captions, videos and output; those of TFDS are written first."""
+    if tfds is None:
+        if captions is None or videos is None:
+            parser.error("expected --captions and --videos, or --tfds")
+        return [captions, videos, output]
+    if captions is not None or videos is not None:
         parser.error("expected --captions and --videos, or --tfds")
-    if name is not None:
-        if files.is_remote(output):
-            parser.error(f"--output {output}: expected a folder of this machine with --tfds")
-        from opensora_jax.data.tfds_videos import write_videos
+    if files.is_remote(output):
+        parser.error(f"--output {output}: expected a folder of this machine with --tfds")
+    from opensora_jax.data.tfds_videos import write_videos
 
-        given = write_videos(name, Path(f"{output}.tfds"), **of_tfds)
-    return [*given, output]
+    return [*write_videos(tfds, Path(f"{output}.tfds"), **of_tfds), output]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     canvas = frames.Canvas(generator, args.frames, args.height, args.width)
     if init is not None:
         how = {"n_frames": 1} if args.init_image else {"fps": generator.fps}
+        if args.keep[0] in ("first", "every"):  # no more than is looked at
+            how = {"n_frames": canvas.shape[0], **how}
         with files.nearby(init) as path:
             video = video_io.read_video(path, resolution=canvas.shape[1:], **how)
         canvas.keep(

@@ -20,6 +20,9 @@ class Sampling:
       top_p: share of the probability that the likeliest codes hold, of which alone is drawn.
       choice_temperature: how far chance, and not how sure the network is, says which of the masked
         codes are kept first (arXiv:2202.04200).
+
+    Raises:
+      ValueError: no level is between those of guidance.
     """
 
     steps: int = 50
@@ -32,3 +35,10 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     choice_temperature: float = 4.5
+
+    def __post_init__(self):
+        if self.guidance_to < self.guidance_from:
+            raise ValueError(
+                f"guidance_to={self.guidance_to:g}: expected at least guidance_from="
+                f"{self.guidance_from:g}"
+            )

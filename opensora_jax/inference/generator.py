@@ -65,15 +65,19 @@ class DiTDescription:
           ValueError: another model is there, naming what differs.
         """
         folder = epath.Path(folder)
-        has_table = False  # in model.json itself, as older ones
+        found = {}
         if (folder / checkpoint.MODEL_FILE).exists():
-            has_table = "latent_table" in checkpoint.read_model(folder)
+            found = checkpoint.read_model(folder)
         elif jax.process_index() == 0:  # before what names it
             folder.mkdir(parents=True, exist_ok=True)
             with files.local(folder / _TABLE) as path, path.open("wb") as file:
                 np.save(file, self.latents.table)
-        new_keys = (*_NEW, "levels", *objectives.to_fields(self.objective))
-        checkpoint.record_model(folder, self.to_json(has_table), new_keys=new_keys)
+        of_objective = objectives.to_fields(self.objective)
+        # The table is in model.json itself, as older ones have it.
+        said = self.to_json(has_table="latent_table" in found)
+        if "objective" in found and objectives.from_fields(found) == self.objective:
+            said |= {name: found[name] for name in of_objective if name in found}  # in other words
+        checkpoint.record_model(folder, said, new_keys=(*_NEW, "levels", *of_objective))
 
     def to_json(self, has_table: bool = False) -> dict[str, Any]:
         table = self.latents.table

@@ -136,17 +136,17 @@ class Options:
         timeout = self.video_timeout
         if timeout is not None and not 0 < timeout < float("inf"):
             raise PreprocessError(f"video_timeout={timeout}: expected a positive number, or None")
-        for name in ("max_frames", "videos_per_part", "batch_size"):
+        for name in ("max_frames", "n_frames", "videos_per_part", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PreprocessError(f"{name}={value}: expected at least 1")
         for name, value in self.curation.items():
-            if value < 0:
+            if not 0 <= value < float("inf"):
                 raise PreprocessError(f"{name}={value}: expected at least 0")
-        if self.split_scenes:
-            shots.expect_installed()
         if self.clip_stride and not self.clip_frames:
             raise PreprocessError(f"clip_stride={self.clip_stride}: expected clip_frames with it")
+        if self.split_scenes:
+            shots.expect_installed()
 
     def check_lengths(self) -> None:
         """Sees that clips have one length.

@@ -15,7 +15,8 @@ from opensora_jax import files, lock
 from opensora_jax.data import bucket_folders, buckets, dataset
 from opensora_jax.data.buckets import Size
 from opensora_jax.data.captions import expect_a_video, read_captions
-from opensora_jax.inference.tokenizer import load_tokenizer
+from opensora_jax.inference.text_encoder import TextEncoder
+from opensora_jax.inference.tokenizer import fingerprint, load_tokenizer
 from opensora_jax.models.tokenizer import Tokenizer
 from opensora_jax.preprocessing import sorting
 from opensora_jax.preprocessing.job import NothingKeptError
@@ -24,6 +25,9 @@ from opensora_jax.preprocessing.provenance import sha256
 from opensora_jax.preprocessing.sorting import Measuring, Share
 from opensora_jax.stages import preprocess as one
 from opensora_jax.windows import Windows
+
+# Options, beside those that every list has named, that decide which bucket an entry goes to.
+_SORTED_BY = ("clip_frames", "crop_bars")
 
 
 def preprocess_buckets(
@@ -52,9 +56,11 @@ def preprocess_buckets(
       ValueError: as `preprocess`, or sizes that do not fit the tokenizer.
       NothingKeptError: in the end, not one video could be kept.
     """
+    _check_options(options, asked, bucket_tokens, patch)
     one.prepare(output, options)
     output = epath.Path(output)
-    _check_options(output, options, asked, bucket_tokens)
+    if (output / "metadata.json").exists():
+        raise PreprocessError(f"output={output}: holds a dataset: expected another folder")
     about = {"buckets": asked}
     is_auto = asked == buckets.AUTO
     if is_auto:
@@ -64,15 +70,26 @@ def preprocess_buckets(
     expect_a_video(entries, videos)
     model = load_tokenizer(options.vqvae)
     windows = _check_sizes(() if is_auto else buckets.parse(asked), model, options)
-    settings = {**about, "fps": options.fps, "window": windows.frames}
-    settings["captions_sha256"] = sha256(captions)
+    TextEncoder(options.text_model)  # before any work
+    settings = {
+        **about,
+        "fps": options.fps,
+        "window": windows.frames,
+        "captions_sha256": sha256(captions),
+        # By which entries are sorted, and which older lists do not say.
+        "vqvae_fingerprint": fingerprint(model),
+        **{name: getattr(options, name) for name in _SORTED_BY},
+    }
 
     def make(share: Share) -> dict[str, Any]:
         return _make(captions, videos, output, share, windows, options)
 
     found = bucket_folders.read(output)
     if found is not None:
-        files.expect_settings(output / bucket_folders.LIST, settings, found.get("settings", {}))
+        there = found.get("settings", {})
+        if "vqvae_fingerprint" not in there:
+            there |= {name: settings[name] for name in ("vqvae_fingerprint", *_SORTED_BY)}
+        files.expect_settings(output / bucket_folders.LIST, settings, there)
         if found.get("complete", False):
             for size in buckets.parse(",".join(found["datasets"])):  # each says so, or what differs
                 make(Share(size, [], about))
@@ -101,14 +118,12 @@ def preprocess_buckets(
             _finish(output, settings, found, made)
 
 
-def _check_options(output: epath.Path, options: Options, asked: str, bucket_tokens: int) -> None:
+def _check_options(options: Options, asked: str, bucket_tokens: int, patch: int) -> None:
     """Sees that the options are those of buckets.
 
     Raises:
       PreprocessError: naming what is not.
     """
-    if (output / "metadata.json").exists():
-        raise PreprocessError(f"output={output}: holds a dataset: expected another folder")
     if asked != buckets.AUTO and options.n_frames:
         raise PreprocessError(
             f"n_frames={options.n_frames}: expected none: buckets={asked} says it"
@@ -117,6 +132,8 @@ def _check_options(output: epath.Path, options: Options, asked: str, bucket_toke
         raise PreprocessError(
             f"bucket_tokens={bucket_tokens}: expected at least 1, of buckets=auto"
         )
+    if patch < 1:
+        raise PreprocessError(f"patch={patch}: expected at least 1")
     if options.split_scenes:
         raise PreprocessError(
             f"split_scenes=True: expected False with buckets={asked}: chosen before shots are known"

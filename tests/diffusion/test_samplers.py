@@ -185,3 +185,8 @@ def test_rescaled_guidance_has_the_conditional_s_deviation():
     assert (plain.std((1, 2)) > 2 * deviation).all()
     np.testing.assert_allclose(whole.std((1, 2)), deviation, rtol=1e-5)
     np.testing.assert_allclose(half, (plain + whole) / 2, rtol=1e-4)
+
+
+def test_levels_that_nothing_is_between_are_told():
+    with pytest.raises(ValueError, match=r"guidance_to=0\.2: expected at least guidance_from=0\.8"):
+        Sampling(guidance_from=0.8, guidance_to=0.2)

@@ -258,6 +258,7 @@ def test_ray_keeps_and_leaves_out_the_same_also_after_a_kill(world, curated, tmp
         ({"clip_stride": 8}, "clip_stride=8: expected clip_frames with it"),
         ({"clip_frames": 6}, "clip_frames=6: expected a multiple of 4"),
         ({"clip_frames": -8}, "clip_frames=-8: expected at least 0"),
+        ({"min_motion": float("nan")}, "min_motion=nan: expected at least 0"),
     ],
 )
 def test_what_does_not_fit_is_told_at_once(world, tmp_path, options, message):

@@ -309,6 +309,19 @@ def test_the_window_travels_from_the_dataset_to_the_model_and_older_models_go_on
         stage.run(config, tmp_path)
 
 
+def test_a_training_of_ddpm_from_before_it_had_predictions_goes_on(data, tmp_path):
+    config = make_config(data, init_from="", objective="ddpm", steps=1)
+    stage.run(config, tmp_path)
+    found = checkpoint.read_model(tmp_path / "dit")
+    assert found["prediction"] == "noise"
+    older = json.dumps(found | {"prediction": "velocity"})
+    (tmp_path / "dit" / "model.json").write_text(older)
+    config.dit.steps = 2
+    stage.run(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path / "dit") == 2
+    assert (tmp_path / "dit" / "model.json").read_text() == older
+
+
 def write_two_videos(folder):
     """A dataset of two tiny videos, many times over, so that epochs, which take time, are few.
 

@@ -1,6 +1,7 @@
 """Preprocessing of real files of many shapes into buckets."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,14 +128,37 @@ def test_a_finished_folder_is_done_already_and_another_one_is_refused(
         ),
         ("auto", {}, "bucket_tokens=0: expected at least 1"),
         ("auto", {"bucket_tokens": 4, "n_frames": 6}, "n_frames=6: expected a multiple of 4"),
+        ("auto", {"bucket_tokens": 4, "n_frames": -4}, "n_frames=-4: expected at least 1"),
+        ("auto", {"bucket_tokens": 4, "patch": 0}, "patch=0: expected at least 1"),
+        ("8x16x16", {"text_model": "nowhere/of/all"}, "nowhere/of/all"),
     ],
 )
 def test_bad_sizes_are_told_before_anything_is_written(
     world, shapes, tmp_path, asked, options, message
 ):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         make(world, shapes, tmp_path / "out", asked=asked, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_sorted_is_gone_on_with_by_the_same_options_alone(
+    world, shapes, finished, tmp_path
+):
+    found = bucket_folders.read(finished)
+    begun = {name: found[name] for name in ("settings", "sizes")}
+    begun |= {"complete": False, "entries": [0] * len(FILES)}
+    path = tmp_path / "buckets.json"
+    path.write_text(json.dumps(begun))
+    with pytest.raises(
+        ValueError, match=r"buckets\.json: made with other settings: crop_bars=True"
+    ):
+        make(world, shapes, tmp_path, crop_bars=True)
+    # Older lists do not say it.
+    for name in ("vqvae_fingerprint", "clip_frames", "crop_bars"):
+        del found["settings"][name]
+    shutil.copytree(finished, tmp_path / "older")
+    (tmp_path / "older" / "buckets.json").write_text(json.dumps(found))
+    make(world, shapes, tmp_path / "older")
 
 
 def test_sizes_are_chosen_by_the_videos(world, shapes, tmp_path):
