@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,8 @@ def test_every_command_is_known():
         match words:
             case ["pip", "install", "-e", *_] | ["python", "-m", "pytest", *_]:
                 pass
+            case ["hf", "download", *_]:  # of huggingface-hub
+                assert any(x.name == "hf" for x in metadata.entry_points(group="console_scripts"))
             case ["python", "-m", module, *_]:
                 assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
             case ["python", script, *_]:
