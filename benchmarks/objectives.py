@@ -30,10 +30,8 @@ sys.path[0] = str(ROOT)  # in the place of this folder, which has a tokenizers.p
 from opensora_jax import cli, files, runtime  # noqa: E402
 from opensora_jax import mesh as mesh_lib  # noqa: E402
 from opensora_jax.build import training as build  # noqa: E402
-from opensora_jax.data import video_io  # noqa: E402
 from opensora_jax.inference.generator import Generator  # noqa: E402
 from opensora_jax.stages import fidelity, worlds  # noqa: E402
-from opensora_jax.stages import shapes as shapes_stage  # noqa: E402
 
 CODES = {"vq": [], "fsq": ["vqvae.quantizer=fsq", "vqvae.levels=(8,8,8,2)"]}
 SHARED = ("shapes", "vqvae", "dataset", "text_model")
@@ -115,8 +113,6 @@ def graded(config: ConfigDict, workdir: Path, steps: list[int]) -> list[dict]:
     found = {x["step"]: x for x in json.loads(path.read_text())} if path.exists() else {}
     world = worlds.of(config)
     asked = world.questions(c.n_samples)
-    paths, shown = shapes_stage.labelled_videos(config, workdir, "held_out")
-    real = list(map(video_io.read_video, paths))
     for step in steps:
         if step in found:
             continue
@@ -127,7 +123,7 @@ def graded(config: ConfigDict, workdir: Path, steps: list[int]) -> list[dict]:
             seed=1,
             batch_size=c.batch_size,
         )
-        found[step] = {"step": step, **fidelity.grade(world, asked, videos, real, shown)}
+        found[step] = {"step": step, **fidelity.grade(world, asked, videos)}
         files.write_json(path, list(found.values()))
     return [found[step] for step in steps]
 

@@ -79,8 +79,8 @@ def grade(
     world: World,
     asked: Sequence[Question],
     videos: Sequence[np.ndarray],
-    real: Sequence[np.ndarray],
-    shown: Sequence[Any],
+    real: Sequence[np.ndarray] = (),
+    shown: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Everything that `run` writes of samples of one size.
 
@@ -96,16 +96,16 @@ def grade(
         **_by_split(judged, held_out),
     }
     if world.outline_score:
-        result["outline"] = {
-            "samples": world.outline_score(videos, labels),
-            "real": world.outline_score(real, shown),
-        }
+        result["outline"] = {"samples": world.outline_score(videos, labels)}
+        if shown:
+            result["outline"]["real"] = world.outline_score(real, shown)
     of = np.array([question.category for question in asked])
     if any(of):
         result["categories"] = {
             name: _by_split(list(compress(judged, of == name)), held_out[of == name])
             for name in dict.fromkeys(of.tolist())
         }
+    if any(of) and shown:
         result["real"] = shares(_judge(world, real, shown))
         # Each with the caption of the next in a random circle: none with its own.
         order = np.random.default_rng(0).permutation(len(shown)).tolist()
