@@ -48,7 +48,7 @@ VARIANTS = {
     "masked, vq, joint": ["dit.objective=masked", *AUTO],
     "masked, fsq, joint": ["dit.objective=masked", "dit.code_head=joint", *AUTO],
     "masked, fsq, factorized": ["dit.objective=masked", *AUTO],
-    "masked, fsq, shift 3": ["dit.objective=masked", "dit.time_shift=3", "dit.prediction=auto"],
+    "masked, fsq, shift 6": ["dit.objective=masked", "dit.time_shift=6.0"],
     "metric, vq, joint": ["dit.objective=metric", *AUTO],
     "metric, fsq, joint": ["dit.objective=metric", "dit.code_head=joint", *AUTO],
     "metric, fsq, factorized": ["dit.objective=metric", *AUTO],
