@@ -6,7 +6,7 @@ Generates scenes of 16 frames of 64 x 64 pixels: sizes and speeds, two things an
 other, one to three of them, changes of color, ways back from the border. Trains a tokenizer and a
 small DiT on them, and grades 240 samples by each property (docs/world.md).
 
-Cost: 75 minutes of one CPU core (docs/world.md); on two an hour or less.
+Cost: 43 minutes on 2 CPU cores, by its parts (docs/world.md); 75 on one.
 
 Result: every property is read from 100% of the tokenizer's reconstructions; 28% of the samples show
 all of their caption, and 22% of those of combinations that were held out.
