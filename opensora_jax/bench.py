@@ -133,9 +133,10 @@ class Bench:
 
 
 def _ones(x: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array of this shape and sharding, or a key."""
+    """An array of this shape and sharding, or keys."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.device_put(rngs.key(0, "bench"), x.sharding)
+        key = rngs.key(0, "bench")
+        return jax.device_put(jax.random.split(key, x.shape) if x.shape else key, x.sharding)
     return jnp.ones(x.shape, x.dtype, device=x.sharding)
 
 

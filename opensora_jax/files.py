@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from opensora_jax import web
@@ -54,6 +56,13 @@ def sync(path: epath.PathLike) -> None:
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Writes `value` as JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_array(path: epath.PathLike, array: np.ndarray) -> None:
+    """Writes an array as .npy, as `write_bytes` does."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_bytes(path, buffer.getbuffer())
 
 
 def read_json(path: epath.PathLike, kind: type = dict) -> Any:

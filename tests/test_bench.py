@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from configs import quickstart
 from opensora_jax import bench
-from opensora_jax.planning import synthetic
+from opensora_jax import mesh as mesh_lib
+from opensora_jax.planning import programs, synthetic
 
 LOADED = """
 import sys
@@ -69,3 +71,23 @@ def test_a_measurement():
     assert on_v5p.mfu == pytest.approx(0.5)
     assert "| 4 x TPU v5 |" in bench.table(on_v5p)
     assert "| 230 | 50.0% |" in bench.table(on_v5p)
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "quantizer"),
+    [("ddpm", "ancestral", "vq"), ("masked", "auto", "vq"), ("metric", "auto", "fsq")],
+)
+def test_samples_of_every_objective_can_be_planned(objective, sampler, quantizer):
+    config = quickstart.get_config()
+    config.stages = ("dit",)
+    config.vqvae.update(n_codes=16, quantizer=quantizer, levels=(4, 3))
+    config.dit.update(depth=1, width=32, heads=2, unroll=1, batch_size=8, objective=objective)
+    config.dit.components = "auto"
+    config.sample.sampler = sampler
+    config.preprocess.resolution = 16
+    training = synthetic.training(config)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    program = programs.sampling(config, training, mesh)
+    params, _ = jax.eval_shape(training.task.init, jax.random.key(0))
+    with jax.set_mesh(mesh):
+        assert "while" in program.lower(params).as_text()

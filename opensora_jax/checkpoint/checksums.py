@@ -71,6 +71,8 @@ def damage(
         return str(error)
     if not all(isinstance(entry, list) and len(entry) == 2 for entry in expected.values()):
         return f"{NAME}: expected a size and a CRC-32 of each file"
+    if not expected:
+        return f"{NAME}: names no file"
     names = [name for name in expected if items is None or name.partition("/")[0] in items]
     names = _share(names, expected, *share)
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -30,7 +30,7 @@ FOLDER = "checkpoints"
 BEST = "best"
 
 # Fields of a configuration that decide which examples are in which batch.
-_ORDER = ("seed", "batch_size")
+_ORDER = ("seed", "batch_size", "validation_share", "n_latent_frames")
 
 # Bytes that are on their way to the disk, by whose they are.
 _being_written: dict[int, int] = {}

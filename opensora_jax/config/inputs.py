@@ -119,7 +119,7 @@ def _check_vqvae(c: ConfigDict, workdir: epath.Path, read: Callable) -> None:
         for path in build.made_datasets(c, workdir)
         if any((path / name).exists() for name in names)
     ]
-    if "preprocess" in c.stages and made:
+    if made and not c.data.vqvae:
         most = f"no more than were trained when {made[0]} was made"
         rules.raise_invalid(c, "vqvae.steps", f"{most}; remove that folder to train on")
     read("data.videos", pipeline.find_videos)

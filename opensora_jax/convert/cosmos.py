@@ -15,7 +15,7 @@ from etils import epath
 from flax import nnx
 
 from opensora_jax.convert import table, torch_file
-from opensora_jax.convert.unpickle import Placeholder
+from opensora_jax.convert.unpickle import MOST_NAME, Placeholder
 from opensora_jax.files import short
 from opensora_jax.models.cosmos import Cosmos, CosmosConfig
 
@@ -220,6 +220,8 @@ def _leaves(value: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
     yield prefix, None  # so that what is empty counts too
     for name, inner in value.items():
         if isinstance(name, str):
+            if len(prefix) + len(name) > MOST_NAME:
+                raise ValueError(f"a name of {len(prefix) + len(name)} characters")
             yield from _leaves(inner, f"{prefix}.{name}" if prefix else name, depth + 1)
 
 

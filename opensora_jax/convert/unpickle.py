@@ -54,6 +54,7 @@ MOST_WORK = 250_000
 BYTES_A_UNIT = 64
 MOST_BITS = 256  # of an integer
 LONGEST_KEY = 10_000  # characters
+MOST_NAME = 1_000  # characters, of what is put together
 
 # Plain values that a pickle can only spell as a call; none of these runs code of the file. What
 # they copy, of something that a pickle may name again and again in two bytes, is counted.
@@ -223,7 +224,9 @@ def _pairs(values: list) -> dict:
 
 def _global(module: Any, name: Any) -> Global:
     module = PYTHON_2_MODULES.get(_plain(module, str), module)
-    return Global(f"{module}.{_plain(name, str)}")
+    if len(module) + len(_plain(name, str)) > MOST_NAME:
+        raise TorchFileError(f"pickle: a name of {len(module) + len(name)} characters")
+    return Global(f"{module}.{name}")
 
 
 def _new(cls: Any, args: Any) -> Any:

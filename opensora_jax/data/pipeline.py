@@ -268,7 +268,7 @@ def _bucket_batches(bucket: Bucket, text_length: int, seed: int | None) -> grain
 
 
 class _Rows:
-    """Row numbers as a source; its repr names the dataset, by which Grain knows it on resume."""
+    """Row numbers as a source; its repr, in what Grain says of it, names the dataset."""
 
     def __init__(self, rows: np.ndarray, dataset: LatentDataset):
         self._rows, self._dataset = rows, dataset

@@ -70,8 +70,7 @@ class DiTDescription:
             found = checkpoint.read_model(folder)
         elif jax.process_index() == 0:  # before what names it
             folder.mkdir(parents=True, exist_ok=True)
-            with files.local(folder / _TABLE) as path, path.open("wb") as file:
-                np.save(file, self.latents.table)
+            files.write_array(folder / _TABLE, self.latents.table)
         of_objective = objectives.to_fields(self.objective)
         # The table is in model.json itself, as older ones have it.
         said = self.to_json(has_table="latent_table" in found)
@@ -103,6 +102,16 @@ class DiTDescription:
         found = checkpoint.read_model(folder)
         if "dit" not in found:
             raise ValueError(f"{folder}: holds no DiT: expected the folder dit of a workdir")
+        try:
+            return cls._of(folder, found)
+        except (KeyError, TypeError) as error:
+            path = epath.Path(folder) / checkpoint.MODEL_FILE
+            raise ValueError(
+                f"{path}: not what this version writes of a DiT ({type(error).__name__}: {error})"
+            ) from error
+
+    @classmethod
+    def _of(cls, folder: epath.PathLike, found: dict[str, Any]) -> "DiTDescription":
         if "latent_table" in found:
             table = np.asarray(found["latent_table"], np.float32)
         else:

@@ -205,7 +205,13 @@ def make_sampling(config: ConfigDict, where: Slice) -> SamplingPlan:
     Raises:
       ValueError: for a configuration that does not fit the slice's number of devices.
     """
-    mesh = mesh_lib.make_mesh({**dict.fromkeys(mesh_lib.AXES, 1), "fsdp": -1}, where.devices)
+    config = config.copy_and_resolve_references()
+    config.mesh.update({**dict.fromkeys(mesh_lib.AXES, 1), "fsdp": -1})
+    config.dit.batch_size = config.dit.accumulate * len(
+        where.devices
+    )  # which is not that of samples
+    config_lib.check(config, where.devices)
+    mesh = mesh_lib.make_mesh(config.mesh, where.devices)
     training = synthetic.training(config, platform="tpu")
     shapes, _ = jax.eval_shape(training.task.init, jax.random.key(0))
     params = jax.tree.map(

@@ -45,12 +45,15 @@ def sampling(config: ConfigDict, training: DiTTraining, mesh: Mesh) -> Program:
     """Videos for a few prompts in two steps: the memory of any number of them."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     n = -(-N_SAMPLES // parts) * parts
-    grid, channels = synthetic.latent_grid(config), training.task.latents.channels
+    key = jax.eval_shape(lambda: rngs.key(0, "samples"))
+    shape = (n, *synthetic.latent_grid(config))
+    noise = jax.eval_shape(lambda key: training.task.noise(key, shape), key)
     shapes = {name: (n, *x.shape[1:]) for name, x in synthetic.batch_shapes(config).items()}
     args = (
         jax.ShapeDtypeStruct(shapes["text"], np.float32),
         jax.ShapeDtypeStruct(shapes["text_length"], np.int32),
-        jax.ShapeDtypeStruct((n, *grid, channels), np.float32),
+        jax.ShapeDtypeStruct(noise.shape, noise.dtype),
+        jax.ShapeDtypeStruct((n,), key.dtype),
     )
     sampling = build.sampling(config.sample, steps=2)
     sample = functools.partial(training.task.sample, sampling=sampling)

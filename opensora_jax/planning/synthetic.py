@@ -16,6 +16,7 @@ from opensora_jax import mesh as mesh_lib
 from opensora_jax.build import networks
 from opensora_jax.build import training as build
 from opensora_jax.data.buckets import AUTO, parse
+from opensora_jax.models.fsq import FSQ
 from opensora_jax.tasks.dit import Latents
 
 # CLIP's longest text, for configurations that leave the length to the data.
@@ -53,13 +54,14 @@ def training(config: ConfigDict, platform: str | None = None) -> build.DiTTraini
       platform: cpu, gpu or tpu, that it is to run on; None: what this process runs on.
     """
     tokenizer = networks.vqvae_config(config.vqvae)
-    channels = tokenizer.embedding_dim
-    if config.dit.components == "auto":
-        channels = min(channels, _COMPONENTS)
-    elif config.dit.components:
-        channels = config.dit.components
-    size = (tokenizer.n_codes, channels)
-    table = np.random.default_rng(0).standard_normal(size, np.float32)
+    if tokenizer.levels and config.dit.components in ("auto", 0):
+        table = np.asarray(FSQ(tokenizer.levels).codebook())
+    else:
+        channels = config.dit.components or tokenizer.embedding_dim
+        if channels == "auto":
+            channels = min(tokenizer.embedding_dim, _COMPONENTS)
+        size = (tokenizer.n_codes, channels)
+        table = np.random.default_rng(0).standard_normal(size, np.float32)
     latents = Latents(table, tokenizer.levels)
     config = config.copy_and_resolve_references()
     config.dit = build.choose(config.dit, latents)

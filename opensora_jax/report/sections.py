@@ -74,8 +74,9 @@ def _summary(fidelity, reconstruction, seconds):
     ]
     outline = fidelity.get("outline")
     if outline:
-        real = f"real files {outline['real']['mean']:.2f}"
-        label = f"overlap of samples with rigid outlines ({real})"
+        label = "overlap of samples with rigid outlines"
+        if "real" in outline:
+            label += f" (real files {outline['real']['mean']:.2f})"
         tiles.append((f"{outline['samples']['mean']:.2f}", label))
     if "psnr" in reconstruction:
         of = ", training videos" if reconstruction.get("videos") == "train" else ""
@@ -179,7 +180,10 @@ def _reconstructions(folder, reconstruction):
 def _codebook(path, reconstruction):
     counts = np.asarray(reconstruction.get("code_counts", []))  # as older ones have them
     if path.exists():
-        counts = np.load(path, allow_pickle=False)
+        try:
+            counts = np.load(path, allow_pickle=False)
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"{path}: no array of counts ({error})") from None
     if not counts.sum():
         return None
     figures = [(f"{np.count_nonzero(counts):,}", f"of {len(counts):,} codes used")]

@@ -169,7 +169,10 @@ def _latents(
     """
     if begun is not None:
         there = begun.latents
-        asked = data.codebook.shape[1] if c.components == 0 else c.components
+        channels = data.codebook.shape[1]
+        asked = c.components
+        if asked != "auto":
+            asked = min(asked, channels) or channels
         if asked not in ("auto", there.channels):
             raise ValueError(
                 f"{folder / checkpoint.MODEL_FILE}: made with other settings: "

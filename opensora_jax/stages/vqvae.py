@@ -53,7 +53,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     folder = epath.Path(workdir) / "vqvae"
     task = build.vqvae_task(c, load_tokenizer(c.init_from) if c.init_from else None)
     described = describe(task.config, task.adversarial)
-    checkpoint.record_model(folder, described, new_keys=NEW_KEYS)
+    if (folder / checkpoint.MODEL_FILE).exists():
+        checkpoint.record_model(folder, described, new_keys=NEW_KEYS)
     if build.is_trained(folder, c.steps):
         logger.info("vqvae: %s: done already", folder)
         return
@@ -62,6 +63,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     source, stills = clip_source(config, paths), still_source(config)
     mesh = mesh_lib.make_mesh(config.mesh)
     kind, videos = evaluation_videos(config, workdir, paths)
+    # The folder is taken when it is known that there is something to train on.
+    checkpoint.record_model(folder, described, new_keys=NEW_KEYS)
     # What fits in training fits here.
     evaluate = Reconstruction(task, mesh, kind, videos, batch_size=c.batch_size // c.accumulate)
     tx, schedule = build.optimizer(c)
@@ -232,7 +235,6 @@ class Reconstruction:
         samples.mkdir(exist_ok=True)
         with files.local(samples / f"step{step:06d}.mp4") as path:
             video_io.write_video(path, np.concatenate(rows, axis=1), self._videos.fps)
-        with files.local(folder / "code_counts.npy") as path, path.open("wb") as file:
-            np.save(file, counts)
+        files.write_array(folder / "code_counts.npy", counts)
         written = {"step": step, "videos": self._kind, **result}
         files.write_json(folder / "reconstruction.json", written)

@@ -56,8 +56,16 @@ class Latents:
         return cls(table, levels)
 
     def n_components(self, code_counts: np.ndarray, variance: float) -> int:
-        """How many principal components hold this share of the variance over the data's codes."""
+        """How many principal components hold this share of the variance over the data's codes.
+
+        Raises:
+          ValueError: there is none, since all of the data is one code.
+        """
         held = np.cumsum(self._principal_axes(code_counts)[0])
+        if not held[-1] > 0:
+            raise ValueError(
+                "all of the data is one code: expected a tokenizer that tells it apart"
+            )
         return int(np.searchsorted(held / held[-1], variance)) + 1
 
     def principal(self, code_counts: np.ndarray, n: int) -> "Latents":

@@ -132,8 +132,11 @@ def fit(
                 with jax.transfer_guard_host_to_device("allow"):  # the one transfer there is to be
                     return mesh_lib.shard_batch(next(batches), mesh)
 
+            def shapes_of(batch: dict[str, jax.Array]) -> tuple:
+                return tuple((name, batch[name].shape) for name in sorted(batch))
+
             def update_for(batch: dict[str, jax.Array]) -> Callable:
-                shapes = tuple((name, batch[name].shape) for name in sorted(batch))
+                shapes = shapes_of(batch)
                 if shapes not in compiled:
                     start = time.perf_counter()
                     with preemption.interruptible(), jax.set_mesh(mesh):
@@ -151,11 +154,19 @@ def fit(
                 notes = {"data": data_state, "window": window.pending()}
                 checkpoints.save(step, state_lib.to_items(state), notes)
 
+            def preserve(step: int) -> None:
+                """Sees that nothing is lost where a signal may end the process at once."""
+                if jax.process_count() == 1:
+                    if step > saved:
+                        save(step)
+                    checkpoints.wait()
+
             def evaluate(step: int) -> None:
                 is_last = step >= settings.steps
                 due = [e for e in evaluations if step % e.every == 0 or is_last]
                 if not due:
                     return
+                preserve(step)
                 start = time.perf_counter()
                 with preemption.interruptible():
                     values = {k: v for evaluation in due for k, v in evaluation.run(state).items()}
@@ -204,11 +215,13 @@ def fit(
 
                 # First the checkpoint: an evaluation that fails must not lose what was trained.
                 try:
-                    preemption.check(step)
+                    preemption.check()
                     if step % settings.checkpoint_every == 0 or is_last:
                         save(step)
                     evaluate(step)
                     if not is_last:
+                        if shapes_of(batch) not in compiled:
+                            preserve(step)
                         update = update_for(batch)
                 except Stopped:
                     if saved != step:

@@ -5,6 +5,7 @@ the same step; Ctrl-C in one of them is passed on to it as a SIGTERM.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -33,8 +34,13 @@ def deferred(name: str) -> Iterator[None]:
             yield
 
 
-def check(step: int) -> None:
-    """To be called after each step.
+# JAX agrees on the number of the call after which all stop, and counts from 1 in each process that
+# starts: a step's number, of a training that goes on, would never be the one that is agreed on.
+_calls = itertools.count(1)
+
+
+def check() -> None:
+    """To be called after each step, by all processes equally often.
 
     Raises:
       Stopped: it is time to stop.
@@ -44,7 +50,7 @@ def check(step: int) -> None:
         return
     if process.received() is not None:
         os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells the others of
-    if multihost_utils.reached_preemption_sync_point(step):
+    if multihost_utils.reached_preemption_sync_point(next(_calls)):
         process.stop(process.received() or signal.SIGTERM)
 
 

@@ -82,3 +82,8 @@ def test_what_is_damaged_is_seen_by_one_of_them(folder):
     assert sorted(found, key=str) == [told, *[None] * (N - 1)]
     path.write_bytes(data)
     assert checksums.damage(folder) is None
+
+
+def test_sums_of_nothing_are_damage(tmp_path):
+    (tmp_path / checksums.NAME).write_text("{}")
+    assert checksums.damage(tmp_path) == f"{checksums.NAME}: names no file"

@@ -235,6 +235,12 @@ def test_nothing_of_a_malicious_archive_runs(tmp_path):
     assert not marker.exists()
 
 
+def test_names_without_end_of_modules_in_modules(tmp_path):
+    save(tmp_path / "a.jit", {"a" * 600: {"b" * 600: {"c" * 600: 1}}})
+    with pytest.raises(ValueError, match="a name of 1200 characters"):
+        load_cosmos(tmp_path / "a.jit", (4, 8, 8))
+
+
 def test_modules_that_share_modules_without_end(tmp_path):
     # 2**30 values, each module holding the one before twice.
     pickled = io.BytesIO()

@@ -99,6 +99,7 @@ def test_unknown_classes_are_inert(path):
         b"\x80\x05\x96" + b"\xff" * 7 + b"\x7f.",
         b"\x80\x04\x8d" + b"\xff" * 8 + b".",
         b"\x80\x02]q\x00h\x00a.",
+        b"\x80\x04X\x40\x0d\x03\x00" + b"a" * 200_000 + b"\x940" + b"h\x00h\x00\x93" * 5_000 + b".",
         b"\x80\x02" + b"(" * 100_000 + b".",
         b"I" + b"9" * 100_000 + b"\n.",
         b"\x80\x02",

@@ -309,6 +309,18 @@ def test_the_window_travels_from_the_dataset_to_the_model_and_older_models_go_on
         stage.run(config, tmp_path)
 
 
+def test_more_components_than_there_are_are_all_also_when_gone_on_with(data, tmp_path):
+    config = make_config(data, init_from="", components=DIM + 3, steps=1)
+    stage.run(config, tmp_path)
+    config.dit.steps = 2
+    stage.run(config, tmp_path)
+    assert DiTDescription.read(tmp_path / "dit").latents.channels == DIM
+    found = checkpoint.read_model(tmp_path / "dit")
+    (tmp_path / "dit" / "model.json").write_text(json.dumps(found | {"dit": {"a": 1}}))
+    with pytest.raises(ValueError, match=r"model\.json: not what this version writes of a DiT"):
+        DiTDescription.read(tmp_path / "dit")
+
+
 def test_a_training_of_ddpm_from_before_it_had_predictions_goes_on(data, tmp_path):
     config = make_config(data, init_from="", objective="ddpm", steps=1)
     stage.run(config, tmp_path)

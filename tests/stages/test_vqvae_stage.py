@@ -170,3 +170,23 @@ def test_what_does_not_fit_is_named(config, fields, message):
     config.vqvae.update(fields)
     with pytest.raises(ValueError, match=message):
         config_lib.check(config)
+
+
+def test_a_folder_is_taken_when_there_is_something_to_train_on(config, tmp_path):
+    config.vqvae.n_frames = 16
+    with pytest.raises(ValueError, match=r"at least vqvae\.n_frames=16 frames"):
+        main.run(config, tmp_path / "run")
+    config.vqvae.n_frames = 8
+    main.run(config, tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run" / "vqvae").n_frames == 8
+
+
+def test_a_tokenizer_is_not_trained_on_under_the_dataset_that_it_made(config, tmp_path):
+    (tmp_path / "run" / "dataset").mkdir(parents=True)
+    (tmp_path / "run" / "dataset" / "metadata.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"vqvae\.steps=2: expected no more than were trained when"
+    ):
+        config_lib.check_inputs(config, tmp_path / "run")
+    config.data.vqvae = "another"
+    config_lib.check_inputs(config, tmp_path / "run")

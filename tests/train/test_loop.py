@@ -102,6 +102,22 @@ class Killed(BaseException):
     """Ends a run where a kill would: past the handlers of errors."""
 
 
+class KillingBatches:
+    """Batches; where that of number `at` would be drawn, the run ends."""
+
+    def __init__(self, at):
+        self._batches, self._at, self._n = batches(), at, 0
+
+    def __next__(self):
+        self._n += 1
+        if self._n == self._at:
+            raise Killed
+        return next(self._batches)
+
+    def __getattr__(self, name):
+        return getattr(self._batches, name)
+
+
 def killed_at(step):
     def evaluate(state):
         if int(state.step) == step:
@@ -117,7 +133,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     expected = fit(whole, **often)
     # Killed after step 7; the last checkpoint is of step 4, between two log steps.
     with pytest.raises(Killed):
-        fit(cut, evaluations=killed_at(7), **often)
+        fit(cut, KillingBatches(at=8), **often)
     assert [line["step"] for line in numbers(cut)] == [3, 6]
     with (cut / "metrics.jsonl").open("a") as f:
         f.write('{"step": 8, "lo')  # and in the middle of a line
@@ -126,7 +142,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     seen = loop.Evaluation(1, lambda state: steps.append(int(state.step)) or {})
     with pytest.raises(Killed):
         fit(cut, evaluations=[seen, *killed_at(10)], **often)
-    assert steps == [5, 6, 7, 8, 9, 10]
+    assert steps == [4, 5, 6, 7, 8, 9, 10]  # of step 4 there was no evaluation yet
     evaluation = [loop.Evaluation(4, lambda state: {"held_out": 1.0})]
     state = fit(cut, evaluations=evaluation, **often)
     assert_identical(state, expected)

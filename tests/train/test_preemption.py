@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -80,6 +83,18 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path):
     assert checkpoints(tmp_path) == set()
 
 
+def test_an_evaluation_that_cannot_be_broken_off_loses_no_steps(tmp_path):
+    """The state is on disk before it begins."""
+    seen = []
+
+    def evaluate(state):
+        seen.append((int(state.step), checkpoint.latest_step(tmp_path)))
+        return {}
+
+    fit(tmp_path, evaluations=[loop.Evaluation(3, evaluate)], checkpoint_every=100)
+    assert seen == [(step, step) for step in (3, 6, 9, 10)]
+
+
 def interrupted_for_long():
     with preemption.interruptible():
         os.kill(os.getpid(), signal.SIGINT)
@@ -95,3 +110,49 @@ def test_with_several_processes_none_breaks_off_alone(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 1)
     with process.deferred("dit"), pytest.raises(Stopped):
         interrupted_for_long()
+
+
+PROCESS = """
+import os, signal, time
+from opensora_jax import process, runtime
+from opensora_jax.train import preemption
+
+runtime.start()
+with preemption.deferred("dit"):
+    if os.environ["JAX_PROCESS_ID"] == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2)
+    for step in range(2001, 2021):
+        print(step, flush=True)
+        try:
+            preemption.check()
+        except process.Stopped:
+            print("stopped", flush=True)
+            time.sleep(1)  # the first holds what connects them
+            break
+        time.sleep(0.2)
+os._exit(0)
+"""
+
+
+def test_a_signal_before_the_first_step_that_goes_on_stops_all_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS],
+            env=environment | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0].split() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert said[0] == said[1]
+    assert said[0][-1] == "stopped"
