@@ -111,7 +111,7 @@ def noise_of_data(
     """
     at = _at(schedule, t_B, x_t)
     x_0, where = jnp.split(output, 2, axis=-1)
-    return jnp.concatenate([(x_t - at.signal * x_0) / at.noise, where], axis=-1)
+    return jnp.concatenate([(x_t - at.signal * x_0) / at.noise, jnp.clip(where, -1, 1)], axis=-1)
 
 
 def data_weight(schedule: Schedule, t_B: jax.Array) -> jax.Array:
