@@ -48,9 +48,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     runtime.expect_shared(workdir)
     with lock.exclusive(workdir):
         if jax.process_index() == 0:
-            for part in workdir.iterdir():  # samples may be on their way to the workdir itself
-                if part.is_dir():
-                    files.remove_leftovers(part)
+            # Of what the stages make: the user's own samples may be on their way to the workdir.
+            from opensora_jax.build import training as build
+
+            made = [path.name for path in build.made_datasets(config, workdir)]
+            for name in ("shapes", "vqvae", "text_model", "dit", *made):
+                files.remove_leftovers(workdir / name)
         for stage in config.stages:
             logger.info("stage %s", stage)
             start = time.perf_counter()

@@ -327,7 +327,8 @@ def streaming(c: ConfigDict) -> "Streaming | None":
     """How `config.data` c reads a dataset where it is; None: it does not."""
     from opensora_jax.data.streaming import Streaming
 
-    folder = Path(c.cache_dir) if c.cache_dir else files.cache() / "rows"
+    # Within what is named, which may hold other things, too.
+    folder = Path(c.cache_dir) / "opensora_jax_rows" if c.cache_dir else files.cache() / "rows"
     return Streaming(folder, int(c.cache_gb * 1e9)) if c.stream else None
 
 

@@ -46,8 +46,8 @@ def member(folder: epath.PathLike, name: str) -> Iterator[Path]:
         inside = "/".join(parts[k + 1 :])
         try:
             stat = near.stat()
-        except FileNotFoundError:
-            raise ArchiveError(f"no archive {path.name}") from None
+        except (OSError, ValueError):  # or no name that any could have
+            raise ArchiveError(f"no archive {files.short(path.name)}") from None
         place = _places(near, stat.st_size, stat.st_mtime_ns).get(inside)
         if place is None:
             raise ArchiveError(f"not in {path.name}")

@@ -129,6 +129,10 @@ def suitable(
     sizes = [Size(n, height, width) for n in lengths for height, width in frames]
     taken = Counter(choose(clip, sizes) for clip in clips)
     del taken[None]
+    if not taken:
+        raise ValueError(
+            f"buckets={AUTO}: no clip has as many frames as the shortest size, {lengths[-1]}"
+        )
     ranked = sorted(taken, key=lambda size: (-taken[size], _by_volume(size)))
     first = {size.n_frames: size for size in reversed(ranked)}.values()
     least = _LEAST_SHARE * taken.total()

@@ -234,16 +234,18 @@ def _batches(path: epath.Path, columns: tuple[str, str]) -> Iterator[pa.RecordBa
                 yield from (_chosen(b, columns) for b in opened.iter_batches(columns=list(columns)))
                 return
             delimiter = "\t" if path.suffix == ".tsv" else ","
-            opened = pa.csv.open_csv(
-                near,
-                read_options=pa.csv.ReadOptions(use_threads=False),  # whose errors name the row
-                parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-                # Captions such as "null" or "1" are text.
-                convert_options=pa.csv.ConvertOptions(
-                    column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
-                ),
+            how = {
+                "read_options": pa.csv.ReadOptions(use_threads=False),  # whose errors name the row
+                "parse_options": pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            }
+            _expect_columns(path, pa.csv.open_csv(near, **how).schema.names, columns)
+            # Captions such as "null" or "1" are text; what is in other columns is not looked at.
+            options = pa.csv.ConvertOptions(
+                column_types=dict.fromkeys(columns, pa.string()),
+                strings_can_be_null=False,
+                include_columns=list(columns),
             )
-            _expect_columns(path, opened.schema.names, columns)
+            opened = pa.csv.open_csv(near, **how, convert_options=options)
             yield from (_chosen(batch, columns) for batch in opened)
     except pa.ArrowException as error:
         kind = path.suffix.removeprefix(".")

@@ -128,4 +128,5 @@ def _check(where, entry):
                 f"{where}: captions[{i}]={short(caption)}: expected a string, not blank"
             )
     captions = [caption.encode(errors="replace").decode() for caption in captions]
-    return {**entry, "file": str(relative), "captions": captions}
+    others = {key: value for key, value in entry.items() if key != PROBLEM}
+    return {**others, "file": str(relative), "captions": captions}

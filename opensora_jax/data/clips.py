@@ -87,6 +87,10 @@ Outcome = list[Clip | LeftOut]
 
 # Videos that are begun while one before them is not over: of these codes are held.
 _MOST_AHEAD = 1000
+
+# What is the matter with one video, and not with a disk or a server.
+UNUSABLE = (video_io.VideoError, FileNotFoundError, web.WebError, archives.ArchiveError)
+
 # Frames by which bars are found.
 _LOOKED_AT = 8
 # Of a clip: timestamps can ask for any number of repetitions of a frame.
@@ -158,14 +162,8 @@ class Decoding:
                 outcome = yield from self._clips(path, name)
         except UnicodeEncodeError:  # the dataset's columns are UTF-8
             outcome = [Failed(name, "its name is not Unicode text")]
-        except video_io.VideoError as error:
-            outcome = [Failed(name, error.reason)]
-        except FileNotFoundError:  # of an object store
-            outcome = [Failed(name, "no such file")]
-        except web.WebError as error:
-            outcome = [Failed(name, str(error))]
-        except archives.ArchiveError as error:
-            outcome = [Failed(name, str(error))]
+        except UNUSABLE as error:
+            outcome = [Failed(name, _reason(error))]
         yield outcome
 
     def _clips(self, path: Path, name: str) -> Iterator[Window]:
@@ -317,6 +315,15 @@ class _Growing:
         self._look.add(frames_THWC[:1] if self._decoding.images else frames_THWC)
         self._n_windows += 1
         return Window(self._number, frames_THWC)
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case video_io.VideoError():
+            return error.reason
+        case FileNotFoundError():
+            return "no such file"
+    return str(error)
 
 
 def content_of(path: Path, size: tuple[int, int]) -> tuple[video_io.Box | None, tuple[int, int]]:

@@ -129,7 +129,7 @@ class LatentDataset:
     @property
     def windows(self) -> Windows:
         """How videos were encoded; of one latent each where metadata.json says nothing of it."""
-        if "window" in self.metadata:
+        if self.metadata.get("window") is not None:
             return _windows(self.metadata)
         stride = self.metadata["downsample"][0]
         return Windows(stride, False, stride)

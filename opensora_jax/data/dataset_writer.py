@@ -1,6 +1,7 @@
 """Writes the dataset that `data.dataset` describes: part by part, then what is counted over all."""
 
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -148,8 +149,9 @@ def remove_all_but(folder: epath.PathLike, names: Iterable[str]) -> None:
     """Removes what processes that died left of parts, and parts of other names."""
     names = set(names)
     for path in epath.Path(folder).iterdir():
-        is_part = path.is_dir() and path.name.lstrip(".").startswith(("part-", "texts-"))
-        if is_part and path.name not in names:
+        is_part = re.fullmatch(r"(part|texts)-\d{5,}-[0-9a-f]{8}", path.name)
+        is_begun = re.fullmatch(r"\.(part|texts)-\d{5,}\..*\.tmp", path.name)
+        if (is_part or is_begun) and path.name not in names and path.is_dir():
             path.rmtree()
 
 

@@ -30,6 +30,7 @@ _SPECKS = 0.02  # share of a black line that may be
 _LEAST = 0.01  # of the height, or width: a bar's
 _UNEVEN = 0.02  # likewise: by how much two bars differ at most
 _SMEARED = 2  # lines
+_LEAST_CONTENT = 0.1  # of the height, or width: between bars
 
 
 class Look:
@@ -117,6 +118,7 @@ def content(
         before, after = (int(at[0]), n - 1 - int(at[-1])) if len(at) else (0, 0)
         is_bar = min(before, after) >= _LEAST * n and abs(before - after) <= _UNEVEN * n
         # A bar's last lines are smeared into the content's first.
+        is_bar &= n - before - after - 2 * _SMEARED >= _LEAST_CONTENT * n
         first, last = (before + _SMEARED, n - after - _SMEARED) if is_bar else (0, n)
         found |= is_bar
         box += [first / n, last / n]

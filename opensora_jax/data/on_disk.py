@@ -42,7 +42,7 @@ class Entries(Sequence):
           The place of that other one; None: it was added.
         """
         file = entry["file"].encode(errors="surrogatepass") if is_usable else None
-        row = (file, place, json.dumps(entry))
+        row = (file, place.encode(errors="backslashreplace").decode(), json.dumps(entry))
         insert = "INSERT INTO entries (file, place, entry) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
         if self._database.execute(insert, row).rowcount:
             self._n += 1

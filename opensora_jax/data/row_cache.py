@@ -122,7 +122,7 @@ class RowCache:
     def _make_room(self) -> int:
         """Removes datasets that nobody has open; returns the bytes of what they held."""
         removed = 0
-        for folder in sorted(filter(Path.is_dir, self._root.iterdir())):
+        for folder in _datasets(self._root):
             with _open(folder / _OPEN) as opened:
                 if folder != self._folder and _is_free(opened):
                     logger.info("%s: removed, to make room", folder)
@@ -160,10 +160,15 @@ def _is_free(opened: IO[bytes]) -> bool:
     return True
 
 
+def _datasets(root: Path) -> list[Path]:
+    """The folders of datasets, which alone are ours, whatever else is there."""
+    return sorted(path.parent for path in root.glob(f"*/{_OPEN}"))
+
+
 def _clean(root: Path) -> int:
     """Removes what was left half-written; returns the bytes of what is whole."""
     total = 0
-    for folder in filter(Path.is_dir, root.iterdir()):
+    for folder in _datasets(root):
         for path, size in _pieces(folder):
             if path.endswith(".tmp"):
                 os.unlink(path)

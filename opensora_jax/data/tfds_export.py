@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from opensora_jax import files
 from opensora_jax.data import dataset_writer, index, parts, tfds
 from opensora_jax.data.dataset import (
     CHECKSUM,
@@ -45,13 +46,22 @@ def export(folder: epath.PathLike, data_dir: Path, name: str) -> Path:
         raise ValueError(f"--name={name}: expected small letters, digits and _, as in my_videos")
     dataset = open_dataset(folder)
     target = Path(data_dir) / name / VERSION
-    origin = dataset.metadata.get(CHECKSUM)
+    # Of datasets of others and of earlier versions, their place.
+    origin = dataset.metadata.get(CHECKSUM) or str(files.absolute(folder))
+    begun = target.with_name(f".{VERSION}.begun")
     if (target / "metadata.json").exists():
         found = read_metadata(target).get("exported_from")
         if found != origin:
             raise ValueError(f"{target}: holds another dataset: expected none; use another --name")
         return target
+    if target.exists() and not begun.exists():
+        raise ValueError(
+            f"{target}: holds what was not written here: expected none; use another --name, or "
+            "remove it"
+        )
     shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before the end
+    target.parent.mkdir(parents=True, exist_ok=True)
+    begun.touch()
     _write(library, dataset, Path(data_dir), name)
     n, by_row = len(dataset), dataset.index
     sums = Index(
@@ -79,6 +89,7 @@ def export(folder: epath.PathLike, data_dir: Path, name: str) -> Path:
     }
     kept = {key: value for key, value in dataset.metadata.items() if key != CHECKSUM}
     dataset_writer.write_metadata(target, {**kept, **own})
+    begun.unlink()
     return target
 
 

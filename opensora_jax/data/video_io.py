@@ -295,7 +295,7 @@ def resample(
                 k += 1
             time += length
         shown = frame
-    while shown is not None and k / fps < time + length - _TIME_ERROR_SECONDS:
+    while shown is not None and (k == 0 or k / fps < time + length - _TIME_ERROR_SECONDS):
         yield shown
         k += 1
 

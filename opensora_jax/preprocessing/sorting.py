@@ -16,7 +16,7 @@ from tqdm import tqdm
 from opensora_jax.data import archives, buckets, video_io
 from opensora_jax.data.buckets import Size
 from opensora_jax.data.captions import PROBLEM
-from opensora_jax.data.clips import content_of, expect_inside
+from opensora_jax.data.clips import UNUSABLE, content_of, expect_inside
 from opensora_jax.data.on_disk import Entries
 from opensora_jax.data.video_window import Timeline
 from opensora_jax.data.workers import Ended, Workers
@@ -61,9 +61,10 @@ class Measuring:
         None where it cannot be told: whoever decodes it says why.
         """
         size = None
-        # Whatever the name or the file is.
-        with contextlib.suppress(OSError, ValueError):
+        # What `Decoding` takes for a failed video; what is wrong with a disk or a server is not.
+        with contextlib.suppress(*UNUSABLE, UnicodeEncodeError):
             if PROBLEM not in entry:
+                entry["file"].encode()
                 expect_inside(epath.Path(folder), entry["file"])
                 with archives.member(folder, entry["file"]) as path:
                     size = self._size(path)

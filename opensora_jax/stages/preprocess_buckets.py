@@ -92,6 +92,11 @@ def preprocess_buckets(
         files.expect_settings(output / bucket_folders.LIST, settings, there)
         if found.get("complete", False):
             for size in buckets.parse(",".join(found["datasets"])):  # each says so, or what differs
+                if not (output / str(size) / "metadata.json").exists():
+                    raise PreprocessError(
+                        f"{output / str(size)}: no dataset: expected the one that "
+                        f"{bucket_folders.LIST} names: put it back, or remove {output}"
+                    )
                 make(Share(size, [], about))
             return
     output.mkdir(parents=True, exist_ok=True)

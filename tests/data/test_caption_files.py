@@ -193,7 +193,7 @@ def test_a_bad_archive_is_told_by_name(shards):
     found = [clip for clip, _ in decoded_whole(DECODING, shards, entries)]
     assert [type(clip) for clip in found] == [Failed] * 3
     assert found[0].reason == "not in 0.tar"
-    assert found[1].reason == "no archive 2.tar"
+    assert found[1].reason == "no archive '2.tar'"
     assert "truncated" in found[2].reason or "not a tar archive" in found[2].reason
     (shards / "1.tar").write_bytes(b"no archive" * 100)
     with pytest.raises(CaptionsError, match=r"1\.tar: not a tar archive"):

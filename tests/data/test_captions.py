@@ -123,3 +123,15 @@ def test_a_folder_without_any_of_the_videos_is_named(tmp_path):
         expect_a_video(entries, tmp_path)
     (tmp_path / "b.mp4").write_text("")
     expect_a_video(entries, tmp_path)
+
+
+def test_a_key_of_an_entry_is_not_taken_for_what_is_wrong_with_it(tmp_path):
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps([{"file": "a.mp4", "captions": ["x"], "problem": None, "id": 3}]))
+    assert list(read_captions(path)) == [{"file": "a.mp4", "captions": ["x"], "id": 3}]
+
+
+def test_columns_that_nobody_asked_for_may_hold_anything(tmp_path):
+    rows = [f"{i}.mp4,a cat,{i}" for i in range(60_000)] + ["z.mp4,a dog,N/A"]
+    (tmp_path / "a.csv").write_text("\n".join(["file,captions,duration", *rows]))
+    assert len(read_captions(tmp_path / "a.csv")) == 60_001

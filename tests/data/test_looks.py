@@ -91,6 +91,13 @@ def test_black_bars_are_cut_off_before_resizing(tmp_path, rows, columns):
     assert found.reason.endswith("expected a side of at least 97")
 
 
+@pytest.mark.parametrize("n_lit", [1, 2, 4, 6, 12])
+def test_a_line_on_black_has_no_bars(n_lit):
+    frame = np.zeros((96, 96, 3), np.uint8)
+    frame[48 - n_lit // 2 : 48 + n_lit - n_lit // 2] = 200
+    assert content([frame], (96, 96)) is None
+
+
 def test_a_black_video_and_an_object_on_black_have_no_bars():
     black = np.zeros((2, 60, 80, 3), np.uint8)
     assert content(black, (60, 80)) is None

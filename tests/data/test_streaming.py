@@ -24,6 +24,8 @@ from made_datasets import (
     write_plain,
 )
 
+from configs import default
+from opensora_jax.build import training as build
 from opensora_jax.data import dataset_writer, parts, pipeline, row_cache, store
 from opensora_jax.data.dataset import DatasetError, open_dataset
 from opensora_jax.data.row_cache import RowCache
@@ -245,6 +247,23 @@ def test_a_full_cache_stays_as_it_is_and_makes_room_for_what_is_in_use(tmp_path)
     second.put("row-0", b"a")
     assert bytes(second.get("row-0")) == b"a"
     assert not (tmp_path / "first").exists()
+
+
+def test_a_cache_touches_nothing_that_is_not_its_own(tmp_path):
+    others = [tmp_path / "videos" / "raw" / name for name in ("a.mp4", "b.tmp")]
+    others[0].parent.mkdir(parents=True)
+    for path in others:
+        path.write_bytes(bytes(50_000))
+    cache = RowCache(tmp_path, "data", 3 * 4096)
+    for i in range(6):
+        cache.put(f"row-{i}", bytes(3000))
+    assert [cache.get(f"row-{i}") is not None for i in range(6)] == [True] * 3 + [False] * 3
+    assert all(path.stat().st_size == 50_000 for path in others)
+    assert {path.name for path in (tmp_path / "videos").iterdir()} == {"raw"}
+    # And what a configuration names is the folder that it lies in.
+    c = default.get_config().data
+    c.stream, c.cache_dir = True, str(tmp_path)
+    assert build.streaming(c).cache_folder == tmp_path / "opensora_jax_rows"
 
 
 def test_a_damaged_piece_is_read_anew(made, streaming):

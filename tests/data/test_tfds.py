@@ -111,10 +111,21 @@ def test_what_was_killed_before_the_end_is_made_anew(made, tmp_path):
     rows, arrow, folder = made
     begun = tmp_path / "mine" / "1.0.0"
     begun.mkdir(parents=True)
+    (begun.parent / ".1.0.0.begun").touch()
     for path in folder.iterdir():
         if path.is_file() and path.name != "metadata.json":
             (begun / path.name).write_bytes(path.read_bytes()[:100])
     assert_same_rows(open_dataset(export(arrow, tmp_path, "mine")), rows)
+    assert {path.name for path in begun.parent.iterdir()} == {"1.0.0"}
+
+
+def test_what_others_prepared_under_the_name_stays(made, tmp_path):
+    target = tmp_path / "mine" / "1.0.0"
+    target.mkdir(parents=True)
+    (target / "dataset_info.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"mine/1\.0\.0: holds what was not written here"):
+        export(made[1], tmp_path, "mine")
+    assert (target / "dataset_info.json").read_text() == "{}"
 
 
 def test_datasets_of_others_keep_all_digits(tmp_path):
