@@ -195,8 +195,8 @@ def get_config() -> ConfigDict:
     # (docs/objectives.md).
     c.dit.objective = "flow"
     # What the network gives: of flow velocity, of ddpm noise, or of either data (the clean latents,
-    # from which the others follow). auto: data where a token holds as many numbers as the network is
-    # wide. Of no account to masked and metric.
+    # from which the others follow). auto: data of ddpm, and of flow where a token holds as many
+    # numbers as the network is wide. Of no account to masked and metric.
     c.dit.prediction = "auto"
     # Above 1: more of the noisy times, or, of ddpm, more noise. auto: of flow by how much noise it
     # takes to hide a token.

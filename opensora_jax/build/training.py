@@ -182,12 +182,13 @@ def latents(
 def choose(c: ConfigDict, latents: Latents, code_counts: np.ndarray | None = None) -> ConfigDict:
     """`config.dit` c with "auto" replaced by what suits these latents, and says what it is.
 
-    The prediction is the velocity, which contains the noise, or the noise itself (ddpm), unless a
-    token holds as many numbers as the network is wide: then not all of the noise could pass through
-    it (arXiv:2511.13720). The shift of times of flow puts the middle of the levels where noise
-    hides half of the codes, or further: of n numbers that say the same, noise sqrt(n) times as
-    large is needed to hide it, and half of that is where samples turned out best
-    (docs/performance.md).
+    The prediction of flow is the velocity, which contains the noise, unless a token holds as many
+    numbers as the network is wide: then not all of the noise could pass through it
+    (arXiv:2511.13720). That of ddpm is the data: what is off in its noise is off 1 / signal times
+    as much in the data, 157 times at the first step of samples (docs/objectives.md). The shift of
+    times of flow puts the middle of the levels where noise hides half of the codes, or further: of
+    n numbers that say the same, noise sqrt(n) times as large is needed to hide it, and half of that
+    is where samples turned out best (docs/performance.md).
 
     Args:
       code_counts: (n_codes,); None: not known, so that nothing can be measured.
@@ -203,7 +204,8 @@ def choose(c: ConfigDict, latents: Latents, code_counts: np.ndarray | None = Non
         return c
     noisy = "velocity" if c.objective == "flow" else "noise"
     if c.prediction == "auto":
-        c.prediction = "data" if numbers >= width else noisy
+        is_data = c.objective == "ddpm" or numbers >= width
+        c.prediction = "data" if is_data else noisy
         logger.info(
             "dit.prediction: %s, for tokens of %d numbers in a network of width %d",
             *(c.prediction, numbers, width),

@@ -70,6 +70,14 @@ def test_what_is_chosen_is_told_with_its_figures(caplog):
     assert (chosen.prediction, chosen.time_shift) == ("velocity", max(1, few.channels**0.5))
 
 
+def test_ddpm_gives_the_data():
+    few = build.latents(config(), *codebook(2048, 256, rank=4))
+    chosen = build.choose(config(patch=2, objective="ddpm"), few)
+    assert (chosen.prediction, chosen.time_shift) == ("data", 1.0)
+    chosen = build.choose(config(patch=2, objective="ddpm", prediction="noise"), few)
+    assert chosen.prediction == "noise"
+
+
 def test_what_cannot_represent_its_target_is_told(caplog):
     table, counts = codebook(64, 256, rank=256)
     latents = Latents.normalized(table, counts)

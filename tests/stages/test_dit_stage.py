@@ -322,13 +322,13 @@ def test_more_components_than_there_are_are_all_also_when_gone_on_with(data, tmp
 
 
 def test_a_training_of_ddpm_from_before_it_had_predictions_goes_on(data, tmp_path):
-    config = make_config(data, init_from="", objective="ddpm", steps=1)
+    config = make_config(data, init_from="", objective="ddpm", prediction="noise", steps=1)
     stage.run(config, tmp_path)
     found = checkpoint.read_model(tmp_path / "dit")
     assert found["prediction"] == "noise"
     older = json.dumps(found | {"prediction": "velocity"})
     (tmp_path / "dit" / "model.json").write_text(older)
-    config.dit.steps = 2
+    config.dit.update(steps=2, prediction="auto")
     stage.run(config, tmp_path)
     assert checkpoint.latest_step(tmp_path / "dit") == 2
     assert (tmp_path / "dit" / "model.json").read_text() == older
