@@ -191,13 +191,19 @@ def nearby(path: epath.PathLike) -> Iterator[Path]:
         yield copy
 
 
-def walk(folder: epath.PathLike) -> Iterator[epath.Path]:
-    """The files in a folder and in those below it, sorted."""
+def walk(folder: epath.PathLike, above: tuple[str, ...] = ()) -> Iterator[epath.Path]:
+    """The files in a folder and in those below it, sorted.
+
+    Args:
+      above: folders of this machine's that are not gone through again where a link leads to them.
+    """
+    if not is_remote(folder):
+        above = (*above, os.path.realpath(folder))
     for path in sorted(epath.Path(folder).iterdir()):
-        if path.is_dir():
-            yield from walk(path)
-        else:
+        if not path.is_dir():
             yield path
+        elif is_remote(path) or os.path.realpath(path) not in above:
+            yield from walk(path, above)
 
 
 def remove_leftovers(folder: epath.PathLike) -> None:

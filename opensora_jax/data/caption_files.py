@@ -278,8 +278,12 @@ def _texts(folder: epath.Path) -> Entries:
             continue
         name = str(path.relative_to(folder))
         text = texts.get(path.with_suffix(""))
-        lines = [] if text is None else text.read_bytes().decode("utf-8-sig").splitlines()
-        yield name, {"file": name, "captions": [line for line in lines if line.strip()]}
+        try:
+            lines = [] if text is None else text.read_bytes().decode("utf-8-sig").splitlines()
+            captions = [line for line in lines if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:  # no list: of this entry, not of all
+            captions = f"{text.name}: not UTF-8 text ({getattr(error, 'reason', error)})"
+        yield name, {"file": name, "captions": captions}
 
 
 def _tars(folder: epath.Path, paths: list[epath.Path]) -> Entries:

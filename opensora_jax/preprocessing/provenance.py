@@ -7,12 +7,19 @@ from pathlib import Path
 from etils import epath
 
 from opensora_jax import files
+from opensora_jax.data import archives
+from opensora_jax.data.video_file import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from opensora_jax.preprocessing.options import CURATION, VIDEO_TIMEOUT, Options
 
 
 def sha256(path):
     if epath.Path(path).is_dir():  # of captions beside videos: by names and sizes
-        found = [f"{p.relative_to(path)} {p.stat().length}" for p in files.walk(path)]
+        read = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".txt", archives.SUFFIX)
+        found = [
+            f"{p.relative_to(path)} {p.stat().length}"
+            for p in files.walk(path)
+            if p.suffix.lower() in read and p.exists()
+        ]
         return hashlib.sha256("\n".join(found).encode(errors="surrogateescape")).hexdigest()[:16]
     with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

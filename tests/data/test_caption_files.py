@@ -15,6 +15,7 @@ from opensora_jax.data import archives
 from opensora_jax.data.captions import PROBLEM, CaptionsError, expect_a_video, read_captions
 from opensora_jax.data.clips import Clip, Decoding, Failed
 from opensora_jax.data.video_io import read_video, write_video
+from opensora_jax.preprocessing import provenance
 from opensora_jax.windows import Windows
 
 FILES = ["a.mp4", "sub/b.mp4", "a.mp4"]
@@ -227,3 +228,28 @@ def test_a_link_that_leads_out_of_the_folder_is_not_followed(tmp_path):
         (left_out, _), (kept, _) = decoded_whole(DECODING, tmp_path / folder, entries)
         assert left_out == Failed("out.mp4", "a link that leads out of the video folder")
         assert isinstance(kept, Clip)
+
+
+def test_a_text_that_cannot_be_read_is_that_of_one_video(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.mp4").touch()
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "c.txt").symlink_to(tmp_path / "nowhere.txt")
+    found = list(read_captions(tmp_path, strict=False))
+    assert [entry["captions"] for entry in found] == [["a cat"], [], []]
+    assert "b.txt: not UTF-8 text" in found[1]["problem"]
+    assert "c.txt" in found[2]["problem"]
+
+
+def test_folders_that_link_to_themselves_are_gone_through_once(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").touch()
+    (tmp_path / "videos" / "a.txt").write_text("a cat")
+    for name in ("back", "again"):
+        (tmp_path / "videos" / name).symlink_to(tmp_path)
+    assert [entry["file"] for entry in read_captions(tmp_path)] == ["videos/a.mp4"]
+    before = provenance.sha256(tmp_path)
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "metadata.json").write_text("{}")
+    assert provenance.sha256(tmp_path) == before
