@@ -13,7 +13,7 @@ import pyarrow as pa
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.data import arrow, dataset, index, parts
+from opensora_jax.data import arrow, dataset, parts
 from opensora_jax.data.on_disk import Numbers
 from opensora_jax.data.part_counts import Counts, Total, count_part
 from opensora_jax.data.parts import (
@@ -295,7 +295,7 @@ def finish_dataset(
       DatasetError: no rows, or a part is damaged.
     """
     folder = epath.Path(folder)
-    index.write_array(folder / "codebook.npy", np.asarray(codebook, np.float32))
+    files.write_array(folder / "codebook.npy", np.asarray(codebook, np.float32))
     if records is None:
         records = [
             {"name": parts.name_of(k), **record} for k, record in enumerate(read_records(folder))
@@ -307,7 +307,7 @@ def finish_dataset(
         total.add(record, counted)
     if not total.n_rows:
         raise DatasetError(f"{folder}: no rows")
-    index.write_array(folder / dataset.CODE_COUNTS, total.code_counts)
+    files.write_array(folder / dataset.CODE_COUNTS, total.code_counts)
     listed = [{"name": record["name"], "files": record[dataset.FILES]} for record in records]
     files.write_json(folder / parts.LIST, listed)
     sums = total.index(records).save(folder)

@@ -4,7 +4,6 @@ Ten million rows are some arrays of numbers here, in files of their own beside m
 """
 
 import hashlib
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,7 +43,7 @@ class Index:
         """Writes the arrays into `folder`/index; returns the checksums of their files by name."""
         (folder / FOLDER).mkdir(exist_ok=True)
         for field in fields(self):
-            write_array(folder / _file(field.name), getattr(self, field.name))
+            files.write_array(folder / _file(field.name), getattr(self, field.name))
         return {_file(f.name): parts.checksum(folder / _file(f.name)) for f in fields(self)}
 
     @classmethod
@@ -63,13 +62,6 @@ class Index:
             except (ValueError, EOFError, MemoryError) as error:
                 raise DatasetError(f"{path}: not a readable array: {short(str(error))}") from None
         return cls(**found)
-
-
-def write_array(path: epath.PathLike, array: np.ndarray) -> None:
-    """Writes a .npy file that is whole or absent."""
-    written = io.BytesIO()
-    np.save(written, array)
-    files.write_bytes(path, written.getbuffer())
 
 
 def _file(name: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from opensora_jax import files
-from opensora_jax.data import dataset_writer, index, parts, tfds
+from opensora_jax.data import dataset_writer, parts, tfds
 from opensora_jax.data.dataset import (
     CHECKSUM,
     CODE_COUNTS,
@@ -75,8 +75,8 @@ def export(folder: epath.PathLike, data_dir: Path, name: str) -> Path:
         if len(by_row.video_hashes)
         else by_row.video_hashes,
     ).save(epath.Path(target))
-    index.write_array(target / "codebook.npy", dataset.codebook)
-    index.write_array(target / CODE_COUNTS, dataset.code_counts)
+    files.write_array(target / "codebook.npy", dataset.codebook)
+    files.write_array(target / CODE_COUNTS, dataset.code_counts)
     for file in ("codebook.npy", CODE_COUNTS):
         sums[file] = parts.checksum(target / file)
     own = {
